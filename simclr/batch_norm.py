@@ -1,0 +1,127 @@
+"""Batch normalisation over the batch of every device, on any device and backend.
+
+``torch.nn.SyncBatchNorm`` does this on GPUs and refuses CPU tensors. ``GlobalBatchNorm`` is the same function written
+with two sums over ranks per pass, so that a run on several CPU processes is the run on one, which is also how the
+tests can hold that property on a machine without GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simclr.distributed import sum_over_ranks
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise x (b, c, ...) per channel by the mean and biased variance over all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        over = [0, *range(2, x.ndim)]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        wide = _at_least_float32(x)
+        local = torch.cat([wide.sum(over), wide.new_tensor([x.numel() / x.shape[1]])])
+        total = sum_over_ranks(local)
+        count, mean = total[-1], total[:-1] / total[-1]
+        centred = wide - mean.view(shape)
+        # The squares of centred values, in a second sum: the mean of squares minus the squared mean cancels badly.
+        variance = sum_over_ranks(centred.square().sum(over)) / count
+        inverse_std = (variance + eps).rsqrt()
+        normalised = (centred * inverse_std.view(shape)).to(x.dtype)
+        ctx.save_for_backward(normalised, inverse_std, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalised, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        normalised, inverse_std, count = ctx.saved_tensors
+        over = [0, *range(2, normalised.ndim)]
+        shape = [1, -1, *[1] * (normalised.ndim - 2)]
+        gradient, wide = _at_least_float32(gradients[0]), _at_least_float32(normalised)
+        sums = sum_over_ranks(torch.stack([gradient.sum(over), (gradient * wide).sum(over)])) / count
+        through_statistics = sums[0].view(shape) + wide * sums[1].view(shape)
+        return ((gradient - through_statistics) * inverse_std.view(shape)).to(gradients[0].dtype), None
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
+    """``nn.BatchNorm1d/2d/3d`` with the statistics of the batch over all ranks.
+
+    Same parameters, buffers, state dict and (biased for normalising, unbiased for the running estimate) variance as
+    torch's. In eval mode, and in a world of one, it computes what torch's does.
+
+    Args:
+        x: Tensor of shape (b, c) or (b, c, ...). Each rank may hold a different b.
+
+    Note:
+        In training mode a collective call, forward and backward.
+
+    Source:
+        Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, with the mini-batch of all devices.
+    """
+
+    after: nn.Module | None = None
+    """Applied to the result, where the layer it replaces does more than normalise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (b, c, ...) per channel; same shape and dtype out."""
+        if x.ndim < 2 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected an input of shape (b, {self.num_features}, ...), got {tuple(x.shape)}")
+        y = self._normalise(x)
+        if self.after is not None:
+            y = self.after(y)
+        return y
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if not self.training and self.running_mean is not None:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        normalised: Tensor
+        normalised, mean, variance, count = _Normalise.apply(x, self.eps)
+        if self.training and self.running_mean is not None:
+            self._update_running_statistics(mean, variance, count)
+        if not self.affine:
+            return normalised
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        if count < 2:
+            raise ValueError("batch normalisation needs more than 1 value per channel over all ranks to train, got 1")
+        # momentum None is torch's way to ask for the cumulative average
+        weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        unbiased = variance * count / (count - 1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
+
+
+def replace_batch_norm(module: nn.Module) -> nn.Module:
+    """Return ``module`` with every batch normalisation replaced by :class:`GlobalBatchNorm`, in place.
+
+    Parameters, buffers, state dict keys and training mode stay as they are, and so does what timm's
+    ``BatchNormAct2d`` applies after normalising (its ``drop`` and ``act``).
+    """
+    for name, child in module.named_children():
+        setattr(module, name, replace_batch_norm(child))
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module
+    replacement = GlobalBatchNorm(
+        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
+    )
+    replacement.load_state_dict(module.state_dict())
+    if hasattr(module, "act"):
+        replacement.after = nn.Sequential(module.get_submodule("drop"), module.get_submodule("act"))
+    replacement.train(module.training)
+    return replacement
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,280 @@
+"""What a run is: frozen dataclasses, presets, and the command line made from them.
+
+A preset is a whole configuration. The command line names one and overrides fields:
+
+    python train_simclr.py cifar10-simclr-100 --data data/cifar10/train.beton --seed 1
+
+Durations are given in epochs and turned into steps in one place (:func:`derive`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from simclr.models import ModelConfig
+from simclr.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective."""
+
+    name: Literal["nt_xent", "barlow_twins"] = "nt_xent"
+    """nt_xent: SimCLR. barlow_twins: Barlow Twins."""
+
+    temperature: float = 0.5
+    """nt_xent's temperature tau, unitless."""
+
+    off_diagonal_weight: float = 5e-3
+    """barlow_twins' weight lambda of the off-diagonal terms, unitless."""
+
+    centre: bool = True
+    """Whether barlow_twins subtracts each feature's batch mean (as the paper's code); see simclr.losses."""
+
+    scale: float = 1.0
+    """The loss is multiplied by this. It matters to SGD, and to LARS for what it does not adapt."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule, a pure function of the step."""
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+
+    base_learning_rate: float = 0.03
+    """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
+
+    momentum: float = 0.9
+    """sgd and lars: momentum. adamw: beta 1."""
+
+    weight_decay: float = 5e-4
+
+    decay_biases_and_norms: bool = False
+    """Whether weight decay (and LARS's adaptation) also holds for biases and normalisation parameters, that is for
+    parameters of fewer than two dimensions."""
+
+    warmup_epochs: float = 0.0
+    """The learning rate rises linearly from 0 over this long, then falls by a cosine."""
+
+    final_learning_rate: float = 0.0
+    """Where the cosine ends, as a fraction of the peak."""
+
+    lars_trust_coefficient: float = 1e-3
+    """LARS's eta."""
+
+    lars_clip: bool = False
+    """Whether LARS's factor is limited so that no layer's learning rate exceeds the schedule's (LARC)."""
+
+    gradient_clip_norm: float | None = None
+    """Global l2 norm to which the gradient is clipped."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run. With the data file, this determines the weights, whatever the number of devices."""
+
+    data: Path = Path("data/cifar10/train.beton")
+    """Training images, written by data_prep. Labels serve only to measure."""
+
+    output: Path | None = None
+    """Folder of the run. Default: results/<preset>-seed<seed>."""
+
+    seed: int = 0
+    """Of the weights, the order and the views."""
+
+    epochs: int = 100
+    global_batch_size: int = 512
+    """Source images per step over all devices (each gives two views)."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    view_1: ViewSpec = field(default_factory=ViewSpec)
+    view_2: ViewSpec = field(default_factory=ViewSpec)
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the forward pass (autocast). Losses are computed in float32 at least."""
+
+    global_batch_norm: bool = True
+    """Batch normalisation over all devices, so that several devices compute what one would."""
+
+    num_validation: int = 5000
+    """Images of the training file whose labels measure (kNN: queries); the others are the kNN bank. All images are
+    pretrained on, without labels. 0: no measuring."""
+
+    knn_every_epochs: int = 10
+    """How often kNN accuracy is measured; also after the last epoch. 0: only then."""
+
+    checkpoint_every_epochs: int = 1
+    """How often the resumable checkpoint is written."""
+
+    loader: Literal["auto", "ffcv", "memory"] = "auto"
+    """Who reads the images; both give the same batches."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue the run in the output folder if there is one. never: refuse to touch it. must: refuse to start
+    anew."""
+
+    world_size: int | None = None
+    """Number of processes that must take part; the run stops at once if it is another. Does not start any."""
+
+    stop_at_step: int | None = None
+    """Save and leave after this step, as an interruption would; the schedule stays that of the whole run."""
+
+    log_every_steps: int = 10
+    """How often a line of metrics is written; reading them makes the host wait for the device."""
+
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl (through accelerate)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run, naming the field, its value and the way out."""
+        for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("num_validation", "knn_every_epochs", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name, value in (("world_size", self.world_size), ("stop_at_step", self.stop_at_step)):
+            _require(value is None or value >= 1, name, value, "at least 1")
+        optimizer, loss = self.optimizer, self.loss
+        _require(optimizer.base_learning_rate > 0, "optimizer.base_learning_rate", optimizer.base_learning_rate, "> 0")
+        _require(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")
+        _require(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "in [0, 1)")
+        _require(
+            0 <= optimizer.warmup_epochs < self.epochs,
+            "optimizer.warmup_epochs",
+            optimizer.warmup_epochs,
+            f"in [0, epochs) = [0, {self.epochs})",
+        )
+        _require(
+            0 <= optimizer.final_learning_rate <= 1,
+            "optimizer.final_learning_rate",
+            optimizer.final_learning_rate,
+            "in [0, 1], a fraction of the peak",
+        )
+        clip = optimizer.gradient_clip_norm
+        _require(clip is None or clip > 0, "optimizer.gradient_clip_norm", clip, "> 0, or None for no clipping")
+        _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")
+        _require(loss.off_diagonal_weight >= 0, "loss.off_diagonal_weight", loss.off_diagonal_weight, "at least 0")
+        _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """An evaluation of a pretrained encoder: kNN, and a linear classifier (or fine-tuning)."""
+
+    run: Path
+    """Folder of a pretraining run, or a checkpoint file in it."""
+
+    train: Path | None = None
+    """Training images. Default: the file the encoder was pretrained on."""
+
+    test: Path | None = None
+    """Test images. Default: test.beton beside the training file."""
+
+    output: Path | None = None
+    """Where simclr_lin_best.pt, the figures and the report go. Default: the run's folder, under probe-<mode>."""
+
+    mode: Literal["linear", "finetune"] = "linear"
+    """linear: the encoder stays frozen, which is proven. finetune: it is trained too, from the pretrained weights."""
+
+    features: Literal["cached", "augmented"] = "cached"
+    """linear only. cached: features of the plain images, computed once. augmented: of lightly augmented images (random
+    crop and flip), anew each epoch."""
+
+    epochs: int = 50
+    batch_size: int = 512
+    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Candidates, chosen on the validation split of the training file."""
+
+    weight_decays: tuple[float, ...] = (0.0, 1e-5, 1e-4, 1e-3)
+    """Candidates, chosen likewise."""
+
+    momentum: float = 0.9
+    num_validation: int = 5000
+    """Images of the training file held out to choose on; the same ones as pretraining's kNN."""
+
+    knn_neighbours: int = 20
+    knn_temperature: float = 0.1
+
+    baselines: bool = True
+    """Whether raw pixels and the untrained encoder are measured too."""
+
+    seed: int = 0
+    loader: Literal["auto", "ffcv", "memory"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the encoder's forward pass."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        for name in ("epochs", "batch_size", "num_validation", "knn_neighbours"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rates", "weight_decays"):
+            _require(len(getattr(self, name)) >= 1, name, getattr(self, name), "at least one candidate")
+        _require(min(self.learning_rates) > 0, "learning_rates", self.learning_rates, "all > 0")
+        _require(min(self.weight_decays) >= 0, "weight_decays", self.weight_decays, "all at least 0")
+        _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "> 0")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}, expected {expected}")
+
+
+Config = TypeVar("Config")
+
+
+def to_json(config: Any) -> str:
+    """Return a configuration as JSON text; :func:`from_json` gives an equal one back."""
+    return json.dumps(dataclasses.asdict(config), default=str, indent=2)
+
+
+def from_json(kind: type[Config], text: str) -> Config:
+    """Build a configuration from :func:`to_json`'s text.
+
+    Raises:
+        ValueError: On unknown or missing fields, or values of the wrong type; the message names the field.
+    """
+    value: Config = _build(kind, json.loads(text), kind.__name__)
+    return value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Turn parsed JSON into ``kind``: a dataclass, a tuple, Path, Literal, Optional or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected an object, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        unknown, missing = set(value) - set(hints), set(hints) - set(value)
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+        assert isinstance(kind, type)
+        return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _build(inner, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {value!r} is none of {list(arguments)}")
+        return value
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if not isinstance(value, list) or len(kinds) != len(value):
+            raise ValueError(f"{where}: expected a list of {len(kinds)}, got {value!r}")
+        return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is Path:
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,145 @@
+"""Everything the library knows about other processes. The only module that uses ``torch.distributed``.
+
+All functions also work without a process group, as a world of one.
+
+Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... any further dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes that train together (1 without a process group)."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, 0 to ``world_size() - 1`` (0 without a process group)."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate every rank's rows; the backward pass sums the gradients that all ranks hold for ours."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        own = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
+        return own
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum a tensor over ranks; since every rank uses the sum, so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
+
+
+def gather_with_grad(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, in rank order, keeping the gradient.
+
+    The gradient that reaches ``rows`` is the sum over ranks of the gradients of their copies. With a loss that
+    is averaged over ranks, as DDP averages parameter gradients, that is exactly the gradient of one device
+    holding all rows. (``accelerator.gather`` drops the gradient when, and only when, there are several ranks.)
+
+    Args:
+        rows: Tensor of shape (b, ...), the same shape and dtype on every rank.
+
+    Returns:
+        Tensor of shape (n, ...): rank 0's rows first. ``rows`` itself in a world of one.
+
+    Raises:
+        ValueError: If the ranks hold different numbers of rows; the message names them.
+
+    Note:
+        Collective call: every rank must make it.
+    """
+    if world_size() == 1:
+        return rows
+    _require_equal_counts(rows)
+    gathered: Tensor = _GatherRows.apply(rows)
+    return gathered
+
+
+def gather_variable(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, in rank order, where ranks may hold different numbers of rows.
+
+    No gradient. For evaluation, whose last batch may be uneven. Collective call.
+
+    Args:
+        rows: Tensor of shape (b_r, ...); trailing dimensions and dtype the same on every rank.
+
+    Returns:
+        Tensor of shape (sum of all b_r, ...), on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    counts = _all_counts(rows)
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = rows.new_empty((world_size() * max(counts), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered.chunk(world_size()), counts, strict=True)])
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise sum of ``values`` over all ranks, keeping the gradient. Collective call."""
+    if world_size() == 1:
+        return values
+    total: Tensor = _SumOverRanks.apply(values)
+    return total
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Return True on every rank if ``flag`` is true on at least one. Collective call."""
+    if world_size() == 1:
+        return flag
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+# Row counts found equal on all ranks, per process group. On CUDA, reading the counts makes the host wait for the
+# device, so each count is checked there once only.
+_equal_counts: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+
+
+def _require_equal_counts(rows: Tensor) -> None:
+    known = _equal_counts.setdefault(dist.group.WORLD, set())
+    if rows.is_cuda and len(rows) in known:
+        return
+    counts = _all_counts(rows)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"every rank must hold the same number of rows, got {counts} on ranks 0 to {len(counts) - 1}; "
+            "use a global batch size that the number of processes divides, and drop the last batch"
+        )
+    known.add(len(rows))
+
+
+def _all_counts(rows: Tensor) -> list[int]:
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = torch.empty(world_size(), dtype=count.dtype, device=rows.device)
+    dist.all_gather_into_tensor(counts, count)
+    return [int(c) for c in counts.tolist()]

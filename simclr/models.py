@@ -1,0 +1,205 @@
+"""Encoder and projector. The only user of timm.
+
+Shape letters: b images, H x W pixels, D representation width, d projection width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from simclr.batch_norm import replace_batch_norm
+
+Stem = Literal["auto", "cifar", "patch2", "original"]
+ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
+
+# Below this side an ImageNet stem, which divides it by 4, throws most of the image away.
+SMALL_IMAGE = 64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What to build."""
+
+    encoder: str = "resnet18"
+    """Any timm model name, or small_resnet_wN (N: width of the first stage): one basic block per stage at widths
+    N, 2N, 4N, for CPUs."""
+
+    stem: Stem = "auto"
+    """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
+    stride 2, no max-pool (a quarter of the compute). original: timm's own. auto: cifar for images of at most 64
+    pixels, patch2 for small_resnet, else original."""
+
+    projector: ProjectorKind = "simclr2"
+    """simclr2: linear-ReLU-linear (SimCLR). simclr3: three layers with batch normalisation after each (SimCLR v2).
+    barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity."""
+
+    projector_hidden: int = 512
+    """Width of the projector's hidden layers."""
+
+    projection_dim: int = 128
+    """Width d of the projection."""
+
+    projector_batch_norm: bool = True
+    """Whether simclr2 normalises its hidden layer. The three-layer kinds always do."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that build nothing."""
+        for name in ("projector_hidden", "projection_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class SimCLR(nn.Module):
+    """Encoder f and projector g: x -> (h, z) with h = f(x), z = g(h).
+
+    Args:
+        config: What to build.
+        image_size: Side H = W of the images, in pixels; chooses the stem, and a transformer's position embedding.
+
+    Raises:
+        ValueError: If timm does not know the encoder, or the stem cannot be made for it.
+
+    Source:
+        Chen et al. 2020, arXiv:2002.05709, section 2.1; the projector is used in pretraining only.
+    """
+
+    def __init__(self, config: ModelConfig, image_size: int) -> None:
+        super().__init__()
+        self.encoder = make_encoder(config.encoder, config.stem, image_size)
+        self.representation_dim = _output_width(self.encoder, image_size)
+        self.projector = make_projector(config, self.representation_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode and project.
+
+        Args:
+            x: Normalised images, shape (b, 3, H, W).
+
+        Returns:
+            Representation h, shape (b, D), and projection z, shape (b, d).
+        """
+        h = self.encoder(x)
+        return h, self.projector(h)
+
+
+def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
+    """Return a randomly initialised encoder (b, 3, H, W) -> (b, D). Errors as :class:`SimCLR`."""
+    if name.startswith("small_resnet_w"):
+        width = name.removeprefix("small_resnet_w")
+        if not width.isdecimal() or int(width) < 1:
+            raise ValueError(f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48")
+        w = int(width)
+        encoder: nn.Module = ResNet(BasicBlock, layers=(1, 1, 1), channels=(w, 2 * w, 4 * w), num_classes=0)  # type: ignore[arg-type]
+        encoder.layer4 = nn.Identity()  # timm's forward pass names four stages
+        _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
+        return encoder
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:5] or timm.list_models("resnet*")[:5]
+        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}")
+    if stem == "auto":
+        stem = "cifar" if image_size <= SMALL_IMAGE else "original"
+    pretrained = timm.get_pretrained_cfg(name)
+    first_conv = pretrained.first_conv if pretrained else None
+    is_transformer = isinstance(first_conv, str) and first_conv.startswith("patch_embed")
+    if is_transformer:
+        # A transformer has no strided stem to replace: small images get small patches, and the position
+        # embedding is made for the image's size.
+        options = {"img_size": image_size} | ({"patch_size": max(2, image_size // 8)} if stem != "original" else {})
+        encoder = _create(name, **options)
+    else:
+        encoder = _create(name)
+        if stem != "original":
+            if not isinstance(first_conv, str):
+                raise ValueError(f"timm does not say which layer of {name} is the first convolution; use stem original")
+            _fit_first_layers(encoder, first_conv, stem, name)
+    return encoder
+
+
+def make_projector(config: ModelConfig, representation_dim: int) -> nn.Module:
+    """Return the projector (b, D) -> (b, d)."""
+    hidden, out = config.projector_hidden, config.projection_dim
+    if config.projector == "none":
+        return nn.Identity()
+    if config.projector == "simclr2":
+        # The bias before a batch normalisation would be subtracted again, so it is left out.
+        normalise = config.projector_batch_norm
+        first = nn.Linear(representation_dim, hidden, bias=not normalise)
+        middle = [nn.BatchNorm1d(hidden)] if normalise else []
+        return nn.Sequential(first, *middle, nn.ReLU(), nn.Linear(hidden, out))
+    layers: list[nn.Module] = []
+    for width_in in (representation_dim, hidden):
+        layers += [nn.Linear(width_in, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+    layers.append(nn.Linear(hidden, out, bias=False))
+    if config.projector == "simclr3":
+        layers.append(nn.BatchNorm1d(out, affine=False))
+    return nn.Sequential(*layers)
+
+
+def use_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return ``model`` with every batch normalisation taking its statistics over all ranks.
+
+    torch's fused SyncBatchNorm on CUDA, :class:`simclr.batch_norm.GlobalBatchNorm` elsewhere, where SyncBatchNorm
+    does not run. State dict keys stay the same, so checkpoints fit either way.
+    """
+    if device.type == "cuda":
+        converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return converted
+    return replace_batch_norm(model)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name} with {options or 'its defaults'}: {error}") from error
+    return model
+
+
+def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str) -> None:
+    """Replace the first convolution by the stem's, and the max-pool behind it by nothing."""
+    if stem == "original":
+        return
+    parent_name, _, attribute = first_conv.rpartition(".")
+    parent = encoder.get_submodule(parent_name)
+    old = encoder.get_submodule(first_conv)
+    if not isinstance(old, nn.Conv2d):
+        raise ValueError(f"the first layer of {name}, {first_conv}, is no convolution; use stem original")
+    kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (2, 2, 0)
+    new = nn.Conv2d(3, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    setattr(parent, attribute, new)
+    for pool in ("maxpool", "features.pool0", "stem.pool"):
+        pool_parent, _, pool_attribute = pool.rpartition(".")
+        try:
+            encoder.get_submodule(pool)
+        except AttributeError:
+            continue
+        setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
+
+
+def _output_width(encoder: nn.Module, image_size: int) -> int:
+    """Return D by encoding one blank image: the promise (b, 3, H, W) -> (b, D) is checked, not assumed."""
+    was_training = encoder.training
+    try:
+        with torch.no_grad():
+            h = encoder.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the encoder cannot take {image_size}x{image_size} images with this stem: {error}") from error
+    encoder.train(was_training)
+    if h.ndim != 2:
+        raise ValueError(f"the encoder returns shape {tuple(h.shape)} for one image, expected (1, D)")
+    return int(h.shape[1])
