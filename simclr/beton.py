@@ -22,16 +22,17 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -452,6 +453,7 @@ class Writer:
         self._num_images = num_images
         self._num_added = 0
         self._facts: Facts | None = None
+        self._committed = False
         self._page_size = _page_size_for(height * width * 3)
         self._page = np.zeros(self._page_size, np.uint8)
         self._page_used = 0
@@ -473,10 +475,12 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if sys.platform == "win32":
+            self._file.close()
+        if not self._committed:  # removed while the lock is held: the next partial file may be another process's
+            self._partial.unlink(missing_ok=True)
         with suppress(OSError):  # a full disk must not hide the error that says so
             self._file.close()
-        with suppress(OSError):
-            self._partial.unlink()
 
     def add(self, images: NDArray[np.uint8], labels: ArrayLike) -> None:
         """Appends raw images.
@@ -539,25 +543,8 @@ class Writer:
         self._next_page += self._page_size
         self._page_used = 0
 
-    def finish(
-        self,
-        *,
-        source: str,
-        split: str,
-        classes: Sequence[str],
-        lossy_source: bool = False,
-        jpeg_quality: int | None = None,
-        written_by: dict[str, str] | None = None,
-    ) -> Facts:
+    def finish(self, **about: Unpack[About]) -> Facts:
         """Completes the partial file, reads it back and compares it with what was added.
-
-        Args:
-            source: Where the images came from and what was done to them.
-            split: "train", "test", ...
-            classes: Names in label order; empty if no image has a label.
-            lossy_source: Whether the images had gone through lossy compression before.
-            jpeg_quality: Quality with which the JPEG streams were made, if that is known.
-            written_by: Versions of the software in charge; numpy's is added.
 
         Returns:
             The facts that ``commit`` will store.
@@ -569,7 +556,7 @@ class Writer:
         if self._num_added != self._num_images:
             raise BetonError(f"{self.path}: {self._num_images} images were announced, {self._num_added} added")
         labels = self._metadata["label"]
-        _class_counts(self.path, labels, len(classes))
+        _class_counts(self.path, labels, len(about["classes"]))
         self._digest.update(labels.astype("<i8").tobytes())
         content_sha256 = self._digest.hexdigest()
 
@@ -593,15 +580,7 @@ class Writer:
             os.fsync(self._file.fileno())
             if hasattr(os, "posix_fadvise"):  # read back from the disk, not from memory
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._facts = describe(
-                self._partial,
-                source=source,
-                split=split,
-                classes=classes,
-                lossy_source=lossy_source,
-                jpeg_quality=jpeg_quality,
-                written_by=written_by,
-            )
+            self._facts = describe(self._partial, **about)
         if self._facts.content_sha256 != content_sha256:
             raise BetonError(f"{self._partial}: what was read back is not what was written; is the disk healthy?")
         return self._facts
@@ -623,6 +602,7 @@ class Writer:
             if sys.platform == "win32":
                 self._file.close()
             self._partial.replace(self.path)
+            self._committed = True
             _sync_folder(self.path.parent)
         save_facts(self.path, self._facts)
 
@@ -667,13 +647,12 @@ def write(
     images: NDArray[np.uint8],
     labels: ArrayLike,
     *,
+    encoding: Encoding = "raw",
+    jpeg_quality: int = 90,
     source: str = "arrays in memory",
     split: str = "train",
     classes: Sequence[str] | None = None,
-    encoding: Encoding = "raw",
-    jpeg_quality: int = 90,
     lossy_source: bool = False,
-    written_by: dict[str, str] | None = None,
 ) -> Facts:
     """Writes images that are in memory, and their sidecar; an existing file is replaced once that is complete.
 
@@ -681,13 +660,12 @@ def write(
         path: The .beton file.
         images: uint8 (n, h, w, 3), RGB.
         labels: Integers (n,); -1 for an image without a label.
-        source: Where the images came from.
-        split: "train", "test", ...
-        classes: Names in label order. By default "0", "1", ... up to the largest label.
         encoding: "raw" or "jpeg".
         jpeg_quality: 1 to 100; for "jpeg" only.
+        source: As in ``About``, like the rest.
+        split: "train", "test", ...
+        classes: Names in label order. By default "0", "1", ... up to the largest label.
         lossy_source: Whether the images had gone through lossy compression before.
-        written_by: Versions of the software in charge; numpy's is added.
 
     Returns:
         The facts as stored.
@@ -700,19 +678,14 @@ def write(
     n, height, width, _ = images.shape
     if classes is None:
         classes = [str(label) for label in range(int(_checked_labels(labels, n).max(initial=-1)) + 1)]
+    about = About(source=source, split=split, classes=classes, lossy_source=lossy_source)
     with Writer(path, num_images=n, height=height, width=width, encoding=encoding) as writer:
         if encoding == "raw":
             writer.add(images, labels)
         else:
             writer.add_jpeg([encode_jpeg(image, jpeg_quality) for image in images], labels)
-        facts = writer.finish(
-            source=source,
-            split=split,
-            classes=classes,
-            lossy_source=lossy_source,
-            jpeg_quality=jpeg_quality if encoding == "jpeg" else None,
-            written_by=written_by,
-        )
+            about["jpeg_quality"] = jpeg_quality
+        facts = writer.finish(**about)
         writer.commit()
     return facts
 
@@ -745,26 +718,28 @@ def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
 # Facts
 
 
-def describe(
-    path: PathLike,
-    *,
-    source: str,
-    split: str,
-    classes: Sequence[str],
-    lossy_source: bool = False,
-    jpeg_quality: int | None = None,
-    written_by: dict[str, str] | None = None,
-) -> Facts:
-    """Reads a whole .beton file, FFCV's own included, and works out its facts; stores nothing.
+class About(TypedDict, total=False):
+    """What only the one who has the images can say about them.
 
-    Args:
-        path: The .beton file.
-        source: Where the images came from.
+    Attributes:
+        source: Where the images came from and what was done to them.
         split: "train", "test", ...
         classes: Names in label order; empty if no image has a label.
-        lossy_source: Whether the images had gone through lossy compression before.
-        jpeg_quality: Quality of the stored JPEG streams, if that is known.
+        lossy_source: Whether the images had gone through lossy compression before; False if not given.
+        jpeg_quality: Quality with which the stored JPEG streams were made; None if raw or unknown.
         written_by: Versions of the software in charge; numpy's is added.
+    """
+
+    source: Required[str]
+    split: Required[str]
+    classes: Required[Sequence[str]]
+    lossy_source: bool
+    jpeg_quality: int | None
+    written_by: dict[str, str]
+
+
+def describe(path: PathLike, **about: Unpack[About]) -> Facts:
+    """Reads a whole .beton file, FFCV's own included, and works out its facts; stores nothing.
 
     Returns:
         The facts, for ``save_facts``.
@@ -786,10 +761,9 @@ def describe(
         else:
             for stream in samples:
                 _digest_stream(digest, stream)
-        for channel in range(3):
-            counts = np.bincount(pixels[..., channel].ravel(), minlength=256)
-            total[channel] += counts @ np.arange(256)
-            squares[channel] += counts @ np.arange(256) ** 2
+        flat = pixels.reshape(len(pixels), -1)
+        total += flat.sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
+        squares += np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
         start += len(samples)
     digest.update(layout.labels.astype("<i8").tobytes())
     content_sha256 = digest.hexdigest()
@@ -801,26 +775,26 @@ def describe(
 
     num_pixels = layout.num_images * layout.height * layout.width
     mean = [int(s) / num_pixels for s in total]
-    # n * squares - total^2 in Python's integers: no cancellation, so a constant channel gives exactly 0.
-    std = [float(np.sqrt(num_pixels * int(q) - int(s) ** 2)) / num_pixels for s, q in zip(total, squares, strict=True)]
+    # n * squares - total^2 in Python's integers: nothing cancels, so a constant channel gives exactly 0.
+    std = [math.sqrt(num_pixels * int(q) - int(s) ** 2) / num_pixels for s, q in zip(total, squares, strict=True)]
     return Facts(
         format_version=SIDECAR_VERSION,
-        source=source,
-        split=split,
+        source=about["source"],
+        split=about["split"],
         num_images=layout.num_images,
         height=layout.height,
         width=layout.width,
         encoding=layout.encoding,
-        jpeg_quality=jpeg_quality,
-        lossy_source=lossy_source,
-        classes=tuple(classes),
-        class_counts=_class_counts(path, layout.labels, len(classes)),
+        jpeg_quality=about.get("jpeg_quality"),
+        lossy_source=about.get("lossy_source", False),
+        classes=tuple(about["classes"]),
+        class_counts=_class_counts(path, layout.labels, len(about["classes"])),
         channel_mean=(mean[0] / 255, mean[1] / 255, mean[2] / 255),
         channel_std=(std[0] / 255, std[1] / 255, std[2] / 255),
         content_sha256=content_sha256,
         file_bytes=Path(path).stat().st_size,
         file_sha256=_file_sha256(Path(path)),
-        written_by={**(written_by or {}), "numpy": np.__version__},
+        written_by={**about.get("written_by", {}), "numpy": np.__version__},
     )
 
 
@@ -880,59 +854,61 @@ def _facts_from(entries: Any) -> Facts:
     if not isinstance(entries, dict):
         raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
     if entries.get("format_version") != SIDECAR_VERSION:
-        raise ValueError(
-            f"format_version is {entries.get('format_version')!r}, this version of the code reads {SIDECAR_VERSION}"
-        )
-    names = {field.name for field in fields(Facts)}
-    if unknown := sorted(entries.keys() - names):
+        version = entries.get("format_version")
+        raise ValueError(f"format_version is {version!r}, this version of the code reads {SIDECAR_VERSION}")
+    if unknown := sorted(entries.keys() - _IS_VALID.keys()):
         raise ValueError(f"unknown entries {unknown}")
-    if missing := sorted(names - entries.keys()):
+    if missing := sorted(_IS_VALID.keys() - entries.keys()):
         raise ValueError(f"missing entries {missing}")
+    for name, is_valid in _IS_VALID.items():
+        if not is_valid(entries[name]):
+            raise ValueError(f"{name} is {entries[name]!r}, which is not possible")
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+    facts = Facts(**values)
+    if len(facts.class_counts) != facts.num_classes or sum(facts.class_counts) > facts.num_images:
+        raise ValueError(f"class_counts {facts.class_counts} do not fit {facts.num_classes} classes")
+    return facts
 
-    def require(name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} is {entries[name]!r}, expected {expected}")
 
-    def is_count(value: object, least: int = 0) -> bool:
-        return type(value) is int and value >= least
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
-    for name in ("source", "split"):
-        require(name, isinstance(entries[name], str), "text")
-    for name in ("num_images", "height", "width", "file_bytes"):
-        require(name, is_count(entries[name], 1), "a whole number above 0")
-    require("encoding", entries["encoding"] in _MODES.values(), "'raw' or 'jpeg'")
-    quality = entries["jpeg_quality"]
-    require("jpeg_quality", quality is None or (is_count(quality, 1) and quality <= 100), "1 to 100, or null")
-    require("lossy_source", type(entries["lossy_source"]) is bool, "true or false")
-    for name, kind, expected in (
-        ("classes", lambda value: isinstance(value, str), "a list of names"),
-        ("class_counts", is_count, "a list of whole numbers"),
-        ("channel_mean", lambda value: type(value) in (int, float), "3 numbers"),
-        ("channel_std", lambda value: type(value) in (int, float), "3 numbers"),
-    ):
-        require(name, isinstance(entries[name], list) and all(map(kind, entries[name])), expected)
-    for name in ("channel_mean", "channel_std"):
-        require(name, len(entries[name]) == 3 and all(0 <= value <= 1 for value in entries[name]), "3 from 0 to 1")
-    for name in ("content_sha256", "file_sha256"):
-        require(name, isinstance(entries[name], str) and _is_sha256(entries[name]), "64 hexadecimal digits")
-    versions = entries["written_by"]
-    require("written_by", isinstance(versions, dict) and all(isinstance(v, str) for v in versions.values()), "texts")
-    counts = entries["class_counts"]
-    require("class_counts", len(counts) == len(entries["classes"]), "one count for each class")
-    require("class_counts", sum(counts) <= entries["num_images"], "no more than num_images together")
 
-    def three(name: str) -> tuple[float, float, float]:
-        return cast(tuple[float, float, float], tuple(float(value) for value in entries[name]))
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
-    return Facts(
-        **{
-            **entries,
-            "classes": tuple(entries["classes"]),
-            "class_counts": tuple(counts),
-            "channel_mean": three("channel_mean"),
-            "channel_std": three("channel_std"),
-        }
-    )
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _are_channels(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
+
+
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    "format_version": _is_size,
+    "source": _is_text,
+    "split": _is_text,
+    "num_images": _is_size,
+    "height": _is_size,
+    "width": _is_size,
+    "encoding": lambda value: value in _MODES.values(),
+    "jpeg_quality": lambda value: value is None or (_is_size(value) and value <= 100),
+    "lossy_source": lambda value: type(value) is bool,
+    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "class_counts": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "channel_mean": _are_channels,
+    "channel_std": _are_channels,
+    "content_sha256": _is_sha256,
+    "file_bytes": _is_size,
+    "file_sha256": _is_sha256,
+    "written_by": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -943,10 +919,6 @@ _HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
-
-
-def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def _unpack_digest(arguments: bytes) -> str | None:
