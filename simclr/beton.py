@@ -325,7 +325,7 @@ def verify(path: PathLike) -> Facts:
     """
     facts = load_facts(path)
     check(path, facts)
-    digest = _file_sha256(Path(path))
+    digest = file_sha256(path)
     if digest != facts.file_sha256:
         raise BetonError(
             f"{path}: its sha256 is {digest}, but its sidecar says {facts.file_sha256}. "
@@ -793,7 +793,7 @@ def describe(path: PathLike, **about: Unpack[About]) -> Facts:
         channel_std=(std[0] / 255, std[1] / 255, std[2] / 255),
         content_sha256=content_sha256,
         file_bytes=Path(path).stat().st_size,
-        file_sha256=_file_sha256(Path(path)),
+        file_sha256=file_sha256(path),
         written_by={**about.get("written_by", {}), "numpy": np.__version__},
     )
 
@@ -939,8 +939,9 @@ def _digest_stream(digest: hashlib._Hash, stream: bytes) -> None:
     digest.update(stream)
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def file_sha256(path: PathLike) -> str:
+    """Checksum of a whole file, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""One-time conversion of data sets to FFCV's .beton; see ``python -m data_prep --help``."""

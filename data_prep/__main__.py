@@ -1,0 +1,176 @@
+"""Command line of the one-time conversion: ``python -m data_prep SOURCE --help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from data_prep.convert import ConversionError, Source, Storage, convert
+from simclr import beton
+
+Stored = tyro.conf.OmitArgPrefixes[Storage]
+_AS_IT_IS = Storage()
+
+
+def cifar10(
+    root: Path = Path("data"), output: Path = Path("data/cifar10"), download: bool = True, storage: Stored = _AS_IT_IS
+) -> None:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32 x 32 in 10 classes.
+
+    Args:
+        root: Folder of the official files (cifar-10-python.tar.gz, or unpacked); they are downloaded if missing.
+        output: Folder for train.beton and test.beton.
+        download: Whether missing files may be downloaded.
+        storage: How to store the images.
+    """
+    from torchvision import datasets  # only the commands that need torchvision pay for its import
+
+    from data_prep.torchvision_sets import cifar
+
+    for split in ("train", "test"):
+        convert(cifar(datasets.CIFAR10, "CIFAR-10", root, split, download), output / f"{split}.beton", storage)
+
+
+def cifar100(
+    root: Path = Path("data"), output: Path = Path("data/cifar100"), download: bool = True, storage: Stored = _AS_IT_IS
+) -> None:
+    """CIFAR-100: 50,000 training and 10,000 test images of 32 x 32 in 100 classes.
+
+    Args:
+        root: Folder of the official files (cifar-100-python.tar.gz, or unpacked); they are downloaded if missing.
+        output: Folder for train.beton and test.beton.
+        download: Whether missing files may be downloaded.
+        storage: How to store the images.
+    """
+    from torchvision import datasets
+
+    from data_prep.torchvision_sets import cifar
+
+    for split in ("train", "test"):
+        convert(cifar(datasets.CIFAR100, "CIFAR-100", root, split, download), output / f"{split}.beton", storage)
+
+
+def stl10(
+    root: Path = Path("data"),
+    output: Path = Path("data/stl10"),
+    splits: tuple[Literal["train", "test", "unlabeled", "train+unlabeled"], ...] = ("train", "test", "unlabeled"),
+    resolution: int | None = None,
+    download: bool = True,
+    storage: Stored = _AS_IT_IS,
+) -> None:
+    """STL-10: 5,000 training, 8,000 test and 100,000 unlabelled images of 96 x 96 in 10 classes.
+
+    Args:
+        root: Folder of the official files (stl10_binary.tar.gz, or unpacked); they are downloaded if missing.
+        output: Folder for SPLIT.beton.
+        splits: Which splits to convert. The unlabelled ones take 3 GB of memory and of disk each at 96 x 96.
+        resolution: Resize to this many pixels (bicubic, antialiased); 96 x 96 if not given.
+        download: Whether missing files may be downloaded.
+        storage: How to store the images.
+    """
+    from data_prep import torchvision_sets
+
+    for split in splits:
+        source = torchvision_sets.stl10(root, split, download, resolution)
+        convert(source, output / f"{split}.beton", storage)
+
+
+def imagefolder(root: Path, output: Path, resolution: int | None = None, storage: Stored = _AS_IT_IS) -> None:
+    """Any tree of images, one folder per class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/image.jpg and so on.
+
+    Args:
+        root: One class tree, or a folder with train and with test or val, each a class tree of the same classes.
+        output: A folder for SPLIT.beton; or a file FILE.beton, if root is one class tree.
+        resolution: Resize the shorter side to this many pixels (bicubic, antialiased) and crop the centre to a
+            square. Needed if the images differ in size.
+        storage: How to store the images.
+    """
+    from data_prep.image_folder import find_splits, image_folder
+
+    splits = find_splits(root)
+    if output.suffix == ".beton" and len(splits) > 1:
+        raise ConversionError(f"{root} holds {', '.join(splits)}; give a folder as --output, not {output}")
+    sources = {split: image_folder(folder, split, resolution) for split, folder in splits.items()}
+    _require_same_classes(sources)
+    for split, source in sources.items():
+        convert(source, output if output.suffix == ".beton" else output / f"{split}.beton", storage)
+
+
+def _require_same_classes(sources: dict[str, Source]) -> None:
+    (first, reference), *others = sources.items()
+    for split, source in others:
+        if only := sorted(set(reference.classes) ^ set(source.classes)):
+            raise ConversionError(f"the classes of {first} and {split} differ: {', '.join(only[:10])} are in one only")
+
+
+def inspect(file: tyro.conf.Positional[Path], verify: bool = False) -> None:
+    """Prints the facts about a .beton file, after checking that they belong to it.
+
+    Args:
+        file: The .beton file.
+        verify: Also compare every byte with the checksum.
+    """
+    facts = beton.verify(file) if verify else beton.load_facts(file)
+    beton.check(file, facts)
+    for field in fields(facts):
+        print(f"{field.name:15s} {getattr(facts, field.name)}")
+    print(f"{file}: " + ("every byte is as it was written" if verify else "tables intact; --verify checks the pixels"))
+
+
+def sidecar(
+    file: tyro.conf.Positional[Path],
+    source: str,
+    classes: tuple[str, ...] = (),
+    split: str = "train",
+    lossy_source: bool = False,
+    force: bool = False,
+) -> None:
+    """Makes the sidecar of a .beton file that FFCV's own DatasetWriter wrote.
+
+    The file needs one RGBImageField "image" and one IntField "label", and images of one size and encoding.
+
+    Args:
+        file: The .beton file.
+        source: Where its images came from.
+        classes: Class names in label order; none for unlabelled images (label -1).
+        split: train, test, ...
+        lossy_source: Whether the images had gone through lossy compression before they were stored.
+        force: Replace a sidecar that is there.
+    """
+    if beton.sidecar_path(file).exists() and not force:
+        raise ConversionError(f"{beton.sidecar_path(file)} is already there; replace it with --force")
+    facts = beton.describe(file, source=source, split=split, classes=classes, lossy_source=lossy_source)
+    beton.save_facts(file, facts)
+    print(f"{beton.sidecar_path(file)}: written ({facts.num_images} images)")
+
+
+def main() -> int:
+    """Runs one command; user errors end it with a message and exit code 1."""
+    commands: dict[str, Callable[..., Any]] = {
+        "cifar10": cifar10,
+        "cifar100": cifar100,
+        "stl10": stl10,
+        "imagefolder": imagefolder,
+        "inspect": inspect,
+        "sidecar": sidecar,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m data_prep", description="One-time conversion of images to FFCV's .beton."
+        )
+    except (beton.BetonError, ConversionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the file under way was not written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""From a source of images to one verified .beton file and its sidecar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import simclr
+from simclr import beton
+
+Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ConversionError(ValueError):
+    """The images cannot be converted; nothing was changed."""
+
+
+@dataclass
+class Source:
+    """The images of one split, in the order in which they are to be stored.
+
+    Attributes:
+        description: Where the images come from and what is done to them; goes to the sidecar.
+        split: "train", "test", ...
+        classes: Names in label order; empty if no image has a label.
+        num_images: How many images ``chunks`` will yield.
+        chunks: Called once; yields images uint8 (m, h, w, 3) and labels int64 (m,), -1 for no label.
+        lossy: Whether some image has gone through lossy compression; final once ``chunks`` is exhausted.
+        notes: What the user should know of, such as images that were not RGB; final likewise.
+        is_determined: Whether ``description`` and ``split`` determine every pixel, so that a file with the same
+            facts need not be made again to be known as the same.
+    """
+
+    description: str
+    split: str
+    classes: Sequence[str]
+    num_images: int
+    chunks: Callable[[], Iterator[Chunk]]
+    lossy: bool = False
+    notes: list[str] = field(default_factory=list)
+    is_determined: bool = False
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How images are stored.
+
+    Attributes:
+        encoding: Pixels as they are, or compressed. JPEG saves space for larger images, loses detail, and needs
+            an FFCV that was built with libjpeg-turbo.
+        jpeg_quality: 1 to 100; used with --encoding jpeg only.
+        force: Replace existing files that differ.
+    """
+
+    encoding: Literal["raw", "jpeg"] = "raw"
+    jpeg_quality: int = 90
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ConversionError(f"--jpeg-quality must be 1 to 100, got {self.jpeg_quality}")
+
+
+def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
+    """Writes one split, reads it back, compares, and only then gives the file its name.
+
+    A file that is already there stays as it is until then. It also stays if it is the same, or if it differs
+    and ``storage.force`` is not set.
+
+    Args:
+        source: The images.
+        path: The .beton file.
+        storage: How to store them.
+
+    Returns:
+        The facts about the file.
+
+    Raises:
+        ConversionError: If a different file is there and may not be replaced.
+        BetonError: If the file cannot be written.
+    """
+    if source.is_determined and (facts := _same_by_description(source, path, storage)):
+        print(f"{path}: already there and intact ({_summary(facts)})")
+        return facts
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConversionError(beton.explain(error, path)) from error
+
+    chunks = source.chunks()
+    first = next(chunks)
+    _, height, width, _ = first[0].shape
+    with (
+        beton.Writer(
+            path, num_images=source.num_images, height=height, width=width, encoding=storage.encoding
+        ) as writer,
+        tqdm(total=source.num_images, desc=path.name, unit=" images", disable=None) as progress,
+        ThreadPoolExecutor(usable_cores()) as pool,
+    ):
+        for images, labels in chain([first], chunks):
+            if storage.encoding == "jpeg":
+                streams = pool.map(lambda image: beton.encode_jpeg(image, storage.jpeg_quality), images)
+                writer.add_jpeg(list(streams), labels)
+            else:
+                writer.add(images, labels)
+            progress.update(len(images))
+        facts = writer.finish(
+            source=source.description,
+            split=source.split,
+            classes=source.classes,
+            lossy_source=source.lossy,
+            jpeg_quality=storage.jpeg_quality if storage.encoding == "jpeg" else None,
+            written_by={"simclr": simclr.__version__, "pillow": PIL.__version__},
+        )
+        for note in source.notes:
+            progress.write(f"{path.name}: {note}")
+        if path.exists() and not storage.force:
+            difference = _difference(path, facts)
+            if difference is None:
+                progress.write(f"{path}: already there and the same ({_summary(facts)})")
+                return facts
+            if difference:
+                raise ConversionError(
+                    f"{path} is already there and differs: {difference}. It was left as it is; "
+                    "replace it with --force or choose another --output"
+                )
+        writer.commit()
+    print(f"{path}: written, read back and compared ({_summary(facts)})")
+    return facts
+
+
+def _same_by_description(source: Source, path: Path, storage: Storage) -> beton.Facts | None:
+    try:
+        facts = beton.verify(path)
+    except beton.BetonError:
+        return None
+    quality = storage.jpeg_quality if storage.encoding == "jpeg" else None
+    wanted = (source.description, source.split, source.num_images, tuple(source.classes), storage.encoding, quality)
+    found = (facts.source, facts.split, facts.num_images, facts.classes, facts.encoding, facts.jpeg_quality)
+    return facts if wanted == found else None
+
+
+def _difference(path: Path, new: beton.Facts) -> str | None:
+    """What distinguishes the file that is there from the new one; None if nothing, "" if only its sidecar is lost."""
+    try:
+        old = beton.verify(path)
+    except beton.BetonError as error:
+        if beton.sidecar_path(path).exists() or beton.file_sha256(path) != new.file_sha256:
+            return str(error)
+        return ""
+    before, after = asdict(old), asdict(new)
+    del before["written_by"], after["written_by"]
+    differing = [f"{name} {before[name]!r} -> {after[name]!r}" for name in after if before[name] != after[name]]
+    return "; ".join(differing) or None
+
+
+def _summary(facts: beton.Facts) -> str:
+    quality = f" quality {facts.jpeg_quality}" if facts.encoding == "jpeg" and facts.jpeg_quality else ""
+    labels = f"{facts.num_classes} classes" if facts.classes else "no labels"
+    return (
+        f"{facts.num_images} images of {facts.height} x {facts.width}, {labels}, {facts.encoding}{quality}, "
+        f"{facts.file_bytes / 1e6:.1f} MB"
+    )
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(pool: Executor, function: Callable[[T], R], items: Sequence[T], size: int) -> Iterator[list[R]]:
+    """Applies ``function`` in a pool and yields the results ``size`` at a time, in the order of ``items``.
+
+    At most two chunks are under way, so that memory stays bounded however many items there are.
+    """
+
+    def submit(chunk: Iterable[T]) -> list[Callable[[], R]]:
+        return [pool.submit(function, item).result for item in chunk]
+
+    pending = submit(items[:size])
+    for start in range(0, len(items), size):
+        upcoming = submit(items[start + size : start + 2 * size])
+        yield [result() for result in pending]
+        pending = upcoming

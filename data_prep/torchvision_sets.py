@@ -1,0 +1,93 @@
+"""CIFAR-10, CIFAR-100 and STL-10 through torchvision, which knows their files and checks them by md5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from data_prep.convert import Chunk, ConversionError, Source
+from data_prep.image_folder import resize_and_crop
+
+STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
+_CHUNK = 1024
+
+
+def cifar(kind: type[datasets.CIFAR10], name: str, root: Path, split: str, download: bool) -> Source:
+    """A split of CIFAR-10 or CIFAR-100, in the order of the official Python batches.
+
+    Args:
+        kind: torchvision's class.
+        name: "CIFAR-10" or "CIFAR-100".
+        root: Folder of the downloaded files.
+        split: "train" or "test".
+        download: Whether missing files may be downloaded.
+
+    Raises:
+        ConversionError: If the files are missing or damaged and could not be downloaded.
+    """
+    data = _load(kind, name, root, download, train=split == "train")
+    return _source(f"{name} (official Python version)", split, data.classes, data.data, np.array(data.targets))
+
+
+def stl10(root: Path, split: str, download: bool, resolution: int | None) -> Source:
+    """A split of STL-10, 96 x 96 pixels; images without a label get -1.
+
+    Args:
+        root: Folder of the downloaded files.
+        split: One of ``STL10_SPLITS``.
+        download: Whether missing files may be downloaded.
+        resolution: Resize to this many pixels (bicubic, antialiased); None for 96.
+
+    Raises:
+        ConversionError: If the files are missing or damaged and could not be downloaded.
+    """
+    data = _load(datasets.STL10, "STL-10", root, download, split=split)
+    description = "STL-10 (official binary version)"
+    if resolution not in (None, 96):
+        description += f", resized to {resolution} (antialiased bicubic)"
+    classes = () if split == "unlabeled" else data.classes
+    return _source(description, split, classes, data.data.transpose(0, 2, 3, 1), data.labels, resolution)
+
+
+def _source(
+    description: str,
+    split: str,
+    classes: list[str] | tuple[()],
+    images: NDArray[np.uint8],
+    labels: NDArray[Any],
+    resolution: int | None = None,
+) -> Source:
+    def resize(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        assert resolution is not None
+        return np.asarray(resize_and_crop(Image.fromarray(np.ascontiguousarray(image)), resolution))
+
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(images), _CHUNK):
+            chunk = images[start : start + _CHUNK]
+            if resolution is not None:
+                chunk = np.stack([resize(image) for image in chunk])
+            yield np.ascontiguousarray(chunk), labels[start : start + _CHUNK].astype(np.int64)
+
+    return Source(description, split, classes, len(images), chunks)
+
+
+def _load(kind: Any, name: str, root: Path, download: bool, **which: object) -> Any:
+    archive = root / kind.filename
+    try:
+        # An archive that is there and intact only needs to be unpacked, which torchvision calls a download too.
+        if download or check_integrity(archive, kind.tgz_md5):
+            kind(root, download=True, **which)
+        return kind(root, **which)
+    except (OSError, RuntimeError) as error:
+        what = "could not be downloaded" if download else "are missing or damaged (and --no-download was given)"
+        raise ConversionError(
+            f"the files of {name} {what}: {error}. Get {kind.url} on any machine and put it at {archive} "
+            f"(md5 {kind.tgz_md5}), then run this again"
+        ) from error
