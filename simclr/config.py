@@ -165,6 +165,15 @@ class TrainConfig:
         _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
 
 
+LIGHT_VIEW = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_probability=0.0)
+"""Random crop and flip only."""
+
+_CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "linear": {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3), "weight_decays": (0.0, 1e-5, 1e-4, 1e-3, 1e-2)},
+    "finetune": {"learning_rates": (0.01, 0.03, 0.1), "weight_decays": (5e-4,)},
+}
+
+
 @dataclass(frozen=True)
 class ProbeConfig:
     """An evaluation of a pretrained encoder: kNN, and a linear classifier (or fine-tuning)."""
@@ -190,11 +199,15 @@ class ProbeConfig:
 
     epochs: int = 50
     batch_size: int = 512
-    learning_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    """Candidates, chosen on the validation split of the training file."""
+    view: ViewSpec = LIGHT_VIEW
+    """Augmentation for features augmented and mode finetune."""
 
-    weight_decays: tuple[float, ...] = (0.0, 1e-5, 1e-4, 1e-3)
-    """Candidates, chosen likewise."""
+    learning_rates: tuple[float, ...] = ()
+    """Candidates, chosen on the validation split of the training file. Default: 0.003 0.01 0.03 0.1 0.3 (linear),
+    0.01 0.03 0.1 (finetune)."""
+
+    weight_decays: tuple[float, ...] = ()
+    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 1e-2 (linear), 5e-4 (finetune)."""
 
     momentum: float = 0.9
     num_validation: int = 5000
@@ -212,11 +225,14 @@ class ProbeConfig:
     """Of the encoder's forward pass."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot run."""
+        """Fill in the candidates that depend on the mode, and refuse what cannot run."""
+        for name, candidates in _CANDIDATES[self.mode].items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, candidates)
         for name in ("epochs", "batch_size", "num_validation", "knn_neighbours"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rates", "weight_decays"):
-            _require(len(getattr(self, name)) >= 1, name, getattr(self, name), "at least one candidate")
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(min(self.learning_rates) > 0, "learning_rates", self.learning_rates, "all > 0")
         _require(min(self.weight_decays) >= 0, "weight_decays", self.weight_decays, "all at least 0")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "> 0")

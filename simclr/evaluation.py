@@ -1,4 +1,4 @@
-"""How good a representation is: its features, k nearest neighbours, and a linear classifier on top.
+"""How good a representation is: its features, k nearest neighbours, a linear classifier on top, fine-tuning.
 
 Shape letters: n images asked for, m rows, D representation width, c classes, g candidates trained at once.
 """
@@ -6,9 +6,13 @@ Shape letters: n images asked for, m rows, D representation width, c classes, g 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +20,28 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import distributed
+from simclr import checkpoint, distributed
+from simclr.beton import Facts
+from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.data import EpochPlan
-from simclr.views import plain_view
+from simclr.models import make_encoder
+from simclr.optim import learning_rate_at
+from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
     from simclr.data import Batch, ImageSource
 
+CLASSIFIER = "simclr_lin_best.pt"
+
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
-# Bounds the similarity matrix that kNN holds at a time, in elements: 64 MiB in float32.
+# Bound what is held at a time, in elements: kNN's similarities (64 MiB in float32), the candidates' logits (16 MiB).
 _SIMILARITIES_AT_ONCE = 1 << 24
+_LOGITS_AT_ONCE = 1 << 22
+
+
+class DivergedError(ValueError):
+    """An encoder's outputs are not finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +60,10 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def to(self, device: torch.device | str) -> Features:
+        """Return the features on another device."""
+        return Features(self.representation.to(device), self.label.to(device), self.index.to(device))
 
     def rows(self, which: NDArray[np.int64]) -> Features:
         """Return the features at the given rows, in that order."""
@@ -102,7 +121,8 @@ def extract_features(
         Features of all n images in the order of ``indices``, float32, on every rank.
 
     Raises:
-        ValueError: If there are no indices, or a representation is not finite.
+        ValueError: If there are no indices.
+        DivergedError: If a representation is not finite.
 
     Note:
         Collective call if ``world_size`` > 1: every rank must make it, with the same indices.
@@ -115,11 +135,10 @@ def extract_features(
         world_size, rank = 1, 0
     own = indices[rank * n // world_size : (rank + 1) * n // world_size]
     representations, labels, seen = [], [], []
-    device_type = torch.device(device).type
     with evaluating(encoder), torch.inference_mode():
         for batch in _in_order(source, own, batch_size):
             image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std)
-            with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
+            with _autocast(device, dtype):
                 representations.append(encoder(image).float())
             labels.append(batch.label.to(device))
             seen.append(batch.index.to(device))
@@ -131,7 +150,7 @@ def extract_features(
     assert np.array_equal(index.cpu().numpy(), indices), "the source returned other images than asked for"
     if not bool(representation.isfinite().all()):
         bad = int((~representation.isfinite().all(dim=1)).sum())
-        raise ValueError(f"{bad} of {n} representations are not finite: the encoder's weights have diverged")
+        raise DivergedError(f"{bad} of {n} representations are not finite: the encoder's weights have diverged")
     return Features(representation, label, index)
 
 
@@ -214,7 +233,7 @@ def knn_predict(
         )
     bank_rows = F.normalize(bank.representation, dim=1)
     predictions = []
-    for block in queries.representation.split(max(1, _SIMILARITIES_AT_ONCE // len(bank))):
+    for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
         similarity, neighbour = (F.normalize(block, dim=1) @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
@@ -243,3 +262,447 @@ def _require_labels(features: Features, num_classes: int, what: str) -> None:
             f"{what} holds labels from {low} to {high}, expected 0 to {num_classes - 1}; "
             "images without a label (-1) cannot be measured"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Proof that an encoder stays as it is
+
+
+def fingerprint(module: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of each weight and buffer (name, dtype, shape and bytes), by its state-dict name."""
+    digests = {}
+    for name, value in module.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        digests[name] = hashlib.sha256(head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return digests
+
+
+def combined_sha256(digests: Mapping[str, str]) -> str:
+    """Return one SHA-256 for a whole :func:`fingerprint`."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def frozen(encoder: nn.Module) -> Iterator[str]:
+    """Keep an encoder as it is for the length of a ``with`` block, and prove at its end that it was.
+
+    The encoder is in eval mode and none of its parameters requires a gradient; afterwards both are as before.
+
+    Yields:
+        SHA-256 over all its weights and buffers.
+
+    Raises:
+        RuntimeError: At the end of the block, if a weight or buffer changed (named), if a part of the encoder is in
+            training mode (its batch normalisation would follow the probe's batches), or if a parameter requires a
+            gradient.
+    """
+    before = fingerprint(encoder)
+    required = {parameter: parameter.requires_grad for parameter in encoder.parameters()}
+    encoder.requires_grad_(False)
+    try:
+        with evaluating(encoder):
+            yield combined_sha256(before)
+            if training := [name or "the encoder itself" for name, part in encoder.named_modules() if part.training]:
+                raise RuntimeError(f"the encoder is not frozen: in training mode are {training[:5]}")
+            if free := [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]:
+                raise RuntimeError(f"the encoder is not frozen: gradients are asked for by {free[:5]}")
+            after = fingerprint(encoder)
+            if changed := [name for name in sorted(before | after) if before.get(name) != after.get(name)]:
+                raise RuntimeError(
+                    f"the encoder is not frozen: {len(changed)} of its weights and buffers changed, first {changed[:5]}"
+                )
+    finally:
+        for parameter, requires_grad in required.items():
+            parameter.requires_grad_(requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Linear classifiers
+
+
+class Candidate(NamedTuple):
+    """Hyperparameters to choose among."""
+
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What g classifiers reach on one set of images after each epoch.
+
+    Attributes:
+        loss: Mean cross-entropy in nats, float64 (epochs, g).
+        accuracy: In percent, float64 (epochs, g).
+    """
+
+    loss: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearFit:
+    """Linear classifiers on representations as they come: the standardisation is folded into the weights.
+
+    Attributes:
+        weight: (g, c, D).
+        bias: (g, c).
+        curves: For each measured set, by its name.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    curves: dict[str, Curve]
+
+
+Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+"""An epoch's number -> batches of representation (b, D) and label (b,)."""
+
+
+def cached_batches(features: Features, *, batch_size: int, seed: int) -> Batches:
+    """Return batches of features computed once; each epoch has its own order, the last batch may be smaller."""
+    rows = np.arange(len(features), dtype=np.int64)
+    plan = EpochPlan(rows, global_batch_size=batch_size, seed=seed, drop_last=False)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for which in plan.batches(epoch):
+            at = torch.from_numpy(which).to(features.label.device)
+            yield features.representation[at], features.label[at]
+
+    return batches
+
+
+def augmented_batches(
+    encoder: nn.Module,
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    *,
+    view: ViewSpec,
+    normalisation: Normalisation,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Batches:
+    """Return batches of features of augmented images, computed anew each epoch. Never trains the encoder."""
+    plan = EpochPlan(indices, global_batch_size=batch_size, seed=seed, drop_last=False)
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in source.batches(plan, epoch=epoch):
+            image = _augment(batch, view, normalisation, seed=seed, epoch=epoch, device=device)
+            with torch.no_grad(), _autocast(device, dtype):
+                representation = encoder(image)
+            yield representation.float(), batch.label.to(device)
+
+    return batches
+
+
+def standardisation(features: Features) -> tuple[Tensor, Tensor]:
+    """Return each feature's mean and population standard deviation, (D,), computed in float64.
+
+    A feature that is constant but for rounding gets 1 for its deviation, so that dividing by it is harmless.
+    """
+    rows = features.representation.double()
+    mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
+    constant = std <= 1e-6 * (mean.abs() + std.mean())
+    std = torch.where(constant, torch.ones_like(std), std)
+    return mean.to(features.representation.dtype), std.to(features.representation.dtype)
+
+
+def fit_linear(
+    batches: Batches,
+    candidates: Sequence[Candidate],
+    measure: Mapping[str, Features],
+    *,
+    mean: Tensor,
+    std: Tensor,
+    num_classes: int,
+    epochs: int,
+    momentum: float = 0.9,
+) -> LinearFit:
+    """Fit one multinomial logistic regression per candidate, all on the same batches at once.
+
+    Minimises the mean cross-entropy plus ``weight_decay / 2`` times the squared weights (not the biases) on
+    standardised features by SGD with momentum, from weights of zero. The learning rate follows a cosine from its
+    candidate's value in the first epoch towards 0. The g classifiers share each batch's matrix products, which
+    makes a whole grid cost little more than one fit; they do not influence each other.
+
+    Args:
+        batches: Training data.
+        candidates: g pairs of learning rate and weight decay.
+        measure: Sets whose loss and accuracy are recorded after each epoch. They influence nothing.
+        mean: Subtracted from each feature, (D,). The fit is done in its dtype and on its device.
+        std: Divides each feature, (D,).
+        num_classes: c.
+        epochs: Passes over the training data.
+        momentum: In [0, 1).
+
+    Returns:
+        The classifiers after the last epoch, and the curves. A candidate that diverged has a loss of NaN or inf.
+
+    Raises:
+        ValueError: If there is no candidate, or labels of a measured set are out of range.
+    """
+    if not candidates:
+        raise ValueError("no candidates: at least one learning rate and one weight decay are needed")
+    for name, features in measure.items():
+        _require_labels(features, num_classes, name)
+    g, c = len(candidates), num_classes
+    # One column per candidate and class.
+    peak = mean.new_tensor([candidate.learning_rate for candidate in candidates]).repeat_interleave(c)
+    decay = mean.new_tensor([candidate.weight_decay for candidate in candidates]).repeat_interleave(c)
+    weight, bias = mean.new_zeros(len(mean), g * c), mean.new_zeros(g * c)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    history: _History = {name: [] for name in measure}
+    for epoch in range(epochs):
+        learning_rate = peak * learning_rate_at(epoch, peak=1.0, total_steps=epochs)
+        for representation, label in batches(epoch):
+            x = (representation - mean) / std  # (b, D)
+            probability = torch.addmm(bias, x, weight).view(-1, g, c).softmax(dim=2)
+            error = (probability - F.one_hot(label, c)[:, None]).flatten(1) / len(label)  # d loss / d logits
+            weight_velocity.mul_(momentum).add_(x.T @ error).add_(decay * weight)
+            bias_velocity.mul_(momentum).add_(error.sum(dim=0))
+            weight -= learning_rate * weight_velocity
+            bias -= learning_rate * bias_velocity
+        folded = _fold(weight, bias, mean, std)
+        for name, features in measure.items():
+            history[name].append(_loss_and_accuracy(*folded, features, c))
+    folded_weight, folded_bias = _fold(weight, bias, mean, std)
+    return LinearFit(folded_weight.T.reshape(g, c, -1).contiguous(), folded_bias.view(g, c), _curves(history))
+
+
+def choose(candidates: Sequence[Candidate], validation: Curve) -> int:
+    """Return the candidate with the highest validation accuracy after the last epoch.
+
+    Equal accuracies are decided by the lower validation loss, then by the earlier place.
+
+    Raises:
+        ValueError: If every candidate diverged.
+    """
+    accuracy, loss = validation.accuracy[-1], validation.loss[-1]
+    usable = [i for i in range(len(candidates)) if math.isfinite(loss[i])]
+    if not usable:
+        rates = sorted({candidate.learning_rate for candidate in candidates})
+        raise ValueError(f"every candidate diverged; try learning rates below {rates[0]:g}, the smallest of {rates}")
+    return min(usable, key=lambda i: (-accuracy[i], loss[i], i))
+
+
+def _fold(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias that do to plain features what these do to standardised ones."""
+    folded = weight.double() / std.double()[:, None]
+    return folded.to(weight.dtype), (bias.double() - mean.double() @ folded).to(bias.dtype)
+
+
+def _loss_and_accuracy(
+    weight: Tensor, bias: Tensor, features: Features, num_classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean cross-entropy and accuracy in percent, (g,) each, for weight (D, g * c) and bias (g * c,)."""
+    loss, right = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+    block = max(1, _LOGITS_AT_ONCE // len(bias))
+    for start in range(0, len(features), block):
+        label = features.label[start : start + block]
+        logits = torch.addmm(bias, features.representation[start : start + block], weight)
+        logits = logits.view(len(label), -1, num_classes)
+        log_probability = logits.log_softmax(dim=2).gather(2, label[:, None, None].expand(-1, logits.shape[1], 1))
+        loss = loss - log_probability.double().sum(dim=(0, 2)).cpu()
+        right = right + (logits.argmax(dim=2) == label[:, None]).sum(dim=0).cpu()
+    return loss.numpy() / len(features), 100 * right.double().numpy() / len(features)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The whole classifier
+
+
+class Classifier(nn.Module):
+    """Encoder and linear classifier: stored pixels -> logits.
+
+    Args:
+        encoder: (b, 3, H, W) -> (b, D).
+        head: Linear layer D -> c.
+        normalisation: Per-channel (mean, std) on the scale where 255 is 1, of the images pretrained on.
+        classes: Names in label order.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Linear, normalisation: Normalisation, classes: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.normalisation, self.classes = normalisation, tuple(classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify images as stored: uint8 (b, H, W, 3), RGB -> logits, float32 (b, c)."""
+        mean, std = self.normalisation
+        logits: Tensor = self.head(self.encoder(plain_view(image, mean=mean, std=std)).float())
+        return logits
+
+
+def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Return the linear layer with the given weight (c, D) and bias (c,)."""
+    head = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head
+
+
+@torch.no_grad()
+def head_predict(head: nn.Linear, features: Features) -> Tensor:
+    """Return the predicted labels, int64 (m,)."""
+    return torch.cat([head(block).argmax(dim=1) for block in torch.split(features.representation, 8192)])
+
+
+def save_classifier(
+    path: Path, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
+) -> None:
+    """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
+    payload = {
+        "schema": checkpoint.SCHEMA,
+        "kind": "classifier",
+        "model": classifier.state_dict(),
+        "classes": list(classifier.classes),
+        "config": to_json(pretraining),
+        "facts": to_json(pretraining_facts),
+        "probe": to_json(probe),
+    }
+    checkpoint.save_atomically(path, payload)
+
+
+def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifier:
+    """Load ``simclr_lin_best.pt``.
+
+    Args:
+        path: The file, or the folder that holds it.
+        device: Where it goes.
+
+    Returns:
+        The classifier in eval mode: uint8 (b, H, W, 3) -> logits (b, c).
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
+    """
+    payload = checkpoint.load_safely(path / CLASSIFIER if path.is_dir() else path)
+    if payload.get("kind") != "classifier":
+        raise checkpoint.CheckpointError(
+            f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
+        )
+    try:
+        config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
+        encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
+        num_classes, width = payload["model"]["head.weight"].shape
+        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
+        classifier.load_state_dict(payload["model"], strict=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(f"{path} does not fit this version of the code: {error}") from error
+    return classifier.to(device).eval()
+
+
+def fine_tune(
+    encoder: nn.Module,
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    candidate: Candidate,
+    measure: Mapping[str, tuple[ImageSource, NDArray[np.int64]]],
+    *,
+    width: int,
+    normalisation: Normalisation,
+    config: ProbeConfig,
+    device: torch.device | str = "cpu",
+) -> tuple[Classifier, dict[str, Curve]]:
+    """Train a copy of an encoder and a linear classifier on it together, with labels.
+
+    SGD with Nesterov momentum on the mean cross-entropy of lightly augmented images; weight decay on parameters
+    of at least two dimensions; the learning rate falls by a cosine over all steps; the classifier starts at zero.
+    As in pretraining, images that do not fill a batch sit out the epoch.
+
+    Args:
+        encoder: (b, 3, H, W) -> (b, D); where to start from. Stays as it is.
+        source: Training images.
+        indices: Which of them.
+        candidate: Learning rate and weight decay.
+        measure: Sets to measure, plain and in eval mode, after each epoch. They influence nothing.
+        width: D.
+        normalisation: As :func:`extract_features`.
+        config: Augmentation, epochs, batch size (limited by the number of images), momentum, seed, precision.
+        device: Where to compute.
+
+    Returns:
+        The classifier after the last epoch, in eval mode, and curves with g = 1, where divergence gives a loss of NaN.
+
+    Source:
+        Chen et al. 2020, arXiv:2002.05709, appendix B.8.1 (Nesterov momentum 0.9, no warm-up).
+    """
+    classes = source.facts.classes
+    head = linear_head(torch.zeros(len(classes), width), torch.zeros(len(classes)))
+    model = Classifier(copy.deepcopy(encoder).requires_grad_(True), head, normalisation, classes).to(device)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": candidate.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=candidate.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+    )
+    plan = EpochPlan(indices, global_batch_size=min(config.batch_size, len(indices)), seed=config.seed)
+    total_steps = config.epochs * len(plan)
+    dtype = autocast_dtype(config)
+    history: _History = {name: [] for name in measure}
+    torch.manual_seed(config.seed)
+    for epoch in range(config.epochs):
+        model.train()
+        for step, batch in enumerate(source.batches(plan, epoch=epoch), start=epoch * len(plan)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, peak=candidate.learning_rate, total_steps=total_steps)
+            image = _augment(batch, config.view, normalisation, seed=config.seed, epoch=epoch, device=device)
+            with _autocast(device, dtype):
+                representation = model.encoder(image)
+            loss = F.cross_entropy(model.head(representation.float()), batch.label.to(device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        for name, (images, which) in measure.items():
+            try:
+                features = extract_features(
+                    model.encoder, images, which, device=device, dtype=dtype, normalisation=normalisation
+                )
+                weight, bias = model.head.weight.detach(), model.head.bias.detach()
+                history[name].append(_loss_and_accuracy(weight.T, bias, features, len(classes)))
+            except DivergedError:
+                history[name].append((np.array([math.nan]), np.array([0.0])))
+    return model.eval(), _curves(history)
+
+
+def autocast_dtype(config: ProbeConfig) -> torch.dtype:
+    """Return the dtype of the encoder's forward pass."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+
+
+def _augment(
+    batch: Batch,
+    view: ViewSpec,
+    normalisation: Normalisation,
+    *,
+    seed: int,
+    epoch: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Return one view of each image, float32 (b, 3, H, W). Pretraining draws views 1 and 2; this is view 0."""
+    height, width = batch.image.shape[1:3]
+    parameters = sample_parameters(view, batch.index, seed=seed, epoch=epoch, view=0, height=height, width=width)
+    mean, std = normalisation
+    return apply_view(batch.image.to(device), parameters, view, size=height, mean=mean, std=std)
+
+
+def _autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+
+
+_History = dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]]
+
+
+def _curves(history: _History) -> dict[str, Curve]:
+    return {
+        name: Curve(loss=np.stack([loss for loss, _ in epochs]), accuracy=np.stack([right for _, right in epochs]))
+        for name, epochs in history.items()
+    }
