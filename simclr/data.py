@@ -1,0 +1,638 @@
+"""Batches of stored images: which images form a batch, and how their pixels are read. The only user of FFCV.
+
+The order of the images is a pure function of (seed, epoch): no generator, sampler or reader holds a state. Global
+batch k of an epoch is the same set of images for every number of devices, and an epoch can start at any step.
+
+    plan = EpochPlan(train_indices, global_batch_size=1024, world_size=4, rank=2, seed=0)
+    with open_images("cifar10-train.beton") as source:
+        print(source.backend, source.reason)
+        for image, label, index in source.batches(plan, epoch=3, start_step=17):
+            ...
+
+Two backends read the same file and yield the same batches, bit for bit: FFCV, which reads and decodes in a
+background thread, and "memory", which keeps all images decoded in memory, also in a GPU's.
+
+Shape letters: n images in the file, b images of one batch on this rank, H and W their height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+import os
+import queue
+import sys
+import threading
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simclr import beton
+from simclr.beton import Facts
+
+Backend = Literal["ffcv", "memory"]
+BackendChoice = Literal["auto", "ffcv", "memory"]
+
+FFCV_VERSION = "1.0.2"
+_INSTALL_FFCV = "python native/install_ffcv.py"
+_CHECKSUM_LIMIT_BYTES = 1 << 30  # sha256 of a file this large takes 1 to 4 seconds; it is read at every opening
+_VALIDATION_KEY = (0x56414C4944415445, 0)  # "VALIDATE"; differs from every (seed, epoch) in use
+
+
+class Batch(NamedTuple):
+    """Images of one step on this rank. The tensors own their memory: keep them as long as needed.
+
+    Attributes:
+        image: uint8 (b, H, W, 3), contiguous, RGB, on the source's device.
+        label: int64 (b,), on the source's device; -1 for an image without a label.
+        index: int64 (b,), position of each image in the file; always on the CPU.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which no one needs here
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """Which images this rank reads at each step of each epoch: a pure function of its fields and the epoch.
+
+    Epoch e orders ``indices`` by a permutation p that depends on (seed, e) alone. Global batch k is
+    ``p[k * global_batch_size : (k + 1) * global_batch_size]``, and each rank takes a contiguous slice of it, so
+    that the slices of all ranks, in rank order, are the global batch for every world size.
+
+    Attributes:
+        indices: Images to read, positions in the file: 1-D integers >= 0 without repetition.
+        global_batch_size: Images per step over all ranks.
+        world_size: Number of ranks.
+        rank: This rank, 0 to ``world_size - 1``.
+        seed: 0 to 2**64 - 1.
+        shuffle: Whether to permute; False keeps the order of ``indices`` in every epoch.
+        drop_last: True, for training: every step has ``global_batch_size`` images, the same number on each rank,
+            and the images that are left over sit out this epoch. False, for evaluation: every image is read exactly
+            once, ranks differ by at most one image, and a rank's slice of the last batch may be empty. Every rank
+            still makes every step, so that collective calls stay matched.
+
+    Raises:
+        ValueError: If a field is out of range; if ``drop_last`` and the batch cannot be divided evenly; if
+            ``drop_last`` and there are fewer images than one batch.
+    """
+
+    indices: NDArray[np.int64]
+    global_batch_size: int
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        indices = np.asarray(self.indices)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu" or not np.can_cast(indices.dtype, np.int64):
+            raise ValueError(f"indices must be a 1-D array of int64, got {indices.dtype} {indices.shape}")
+        indices = indices.astype(np.int64)  # a copy, so that nobody changes the plan afterwards
+        indices.flags.writeable = False
+        object.__setattr__(self, "indices", indices)
+
+        if len(indices) == 0:
+            raise ValueError("indices is empty: there is no image to read")
+        if indices.min() < 0:
+            raise ValueError(f"indices must be >= 0, got {indices.min()}")
+        if num_repeated := len(indices) - len(np.unique(indices)):
+            raise ValueError(f"indices must not repeat: {num_repeated} of {len(indices)} do")
+        _require_integer("global_batch_size", self.global_batch_size, 1)
+        _require_integer("world_size", self.world_size, 1)
+        _require_integer("rank", self.rank, 0, self.world_size - 1)
+        _require_integer("seed", self.seed, 0, 2**64 - 1)
+        if not self.drop_last:
+            return
+        if remainder := self.global_batch_size % self.world_size:
+            below = self.global_batch_size - remainder
+            usable = [str(size) for size in (below, below + self.world_size) if size > 0]
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not divisible by world_size {self.world_size}; "
+                f"use {' or '.join(usable)}"
+            )
+        if len(indices) < self.global_batch_size:
+            raise ValueError(
+                f"{len(indices)} images do not fill one batch of global_batch_size {self.global_batch_size}; "
+                f"use more images or a global_batch_size of at most {len(indices)}"
+            )
+
+    def __len__(self) -> int:
+        """Steps per epoch, the same on every rank."""
+        full, left_over = divmod(len(self.indices), self.global_batch_size)
+        return full + (left_over > 0 and not self.drop_last)
+
+    def batches(self, epoch: int = 0, start_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """This rank's slice of each global batch.
+
+        Args:
+            epoch: From 0.
+            start_step: First step to yield, 0 to ``len(self)``; the steps before it are skipped at no cost.
+
+        Returns:
+            An iterator over ``len(self) - start_step`` arrays, int64 (b,).
+
+        Raises:
+            ValueError: If ``epoch`` or ``start_step`` is out of range; at the call, not at the first step.
+        """
+        _require_integer("epoch", epoch, 0, 2**64 - 1)
+        _require_integer("start_step", start_step, 0, len(self))
+        order = self.indices
+        if self.shuffle:
+            order = order[_permutation(len(order), (self.seed, epoch))]
+        return (self._slice(order, step) for step in range(start_step, len(self)))
+
+    def _slice(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        share, left_over = divmod(len(batch), self.world_size)  # the first left_over ranks take one image more
+        start = self.rank * share + min(self.rank, left_over)
+        return batch[start : start + share + (self.rank < left_over)]
+
+
+def validation_split(num_images: int, num_validation: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Splits a training set, always in the same way: it depends on the two numbers alone, on no seed.
+
+    So a checkpoint chosen by one program and a classifier chosen by another never trained on the images they are
+    chosen on, and runs with different seeds are compared on the same images.
+
+    Args:
+        num_images: Images in the training set.
+        num_validation: How many of them to hold out, 0 to ``num_images - 1``; drawn at random, not by class. A
+            smaller validation set is part of each larger one.
+
+    Returns:
+        Indices of the training and of the validation images, each int64 and sorted.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    _require_integer("num_images", num_images, 1)
+    _require_integer("num_validation", num_validation, 0, num_images - 1)
+    order = _permutation(num_images, _VALIDATION_KEY)
+    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def _permutation(n: int, key: tuple[int, int]) -> NDArray[np.int64]:
+    """A permutation of 0..n-1 for each key.
+
+    Sorting Philox's raw output instead of calling ``Generator.permutation``: numpy guarantees that the raw output
+    of a bit generator never changes, but not what its distributions make of it (NEP 19).
+    """
+    draws = np.random.Philox(key=np.array(key, np.uint64)).random_raw(n)
+    return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
+
+
+def _require_integer(name: str, value: int, least: int, most: int | None = None) -> None:
+    expected = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be {expected}, got {value!r}") from None
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def open_images(
+    path: str | os.PathLike[str],
+    *,
+    backend: BackendChoice = "auto",
+    num_workers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> ImageSource:
+    """Opens a .beton file for reading, after checking it.
+
+    Its tables and its sidecar are always checked, as FFCV would crash, hang or return wrong pixels where they are
+    damaged. Files of up to 1 GiB are also compared with their checksum (CIFAR-10: 0.1 to 0.7 seconds); for larger
+    ones ``reason`` says that this was left out, and ``simclr.beton.verify`` does it.
+
+    Args:
+        path: The .beton file; its sidecar of facts must lie beside it.
+        backend: "ffcv"; "memory", which needs n * H * W * 3 bytes and no FFCV; or "auto": FFCV where it can read
+            this file, memory elsewhere. ``ImageSource.reason`` says which was chosen and why, in one line.
+        num_workers: FFCV's decoding threads. By default 1 for raw images, since copying them keeps up with any
+            device, and up to 4 for JPEG. Never more than this process has cores. No effect on "memory".
+        device: Where ``Batch.image`` and ``Batch.label`` are put. With "memory" the whole set is kept there. On a
+            machine with several GPUs select this process's GPU first (``accelerate.Accelerator`` does).
+
+    Returns:
+        The open source; also a context manager.
+
+    Raises:
+        BetonError: If the file or its sidecar is missing, damaged, or one of another file.
+        ValueError: If an argument is out of range, or ``backend="ffcv"`` cannot read this file here; the message
+            says why and what to do.
+    """
+    if backend not in ("auto", "ffcv", "memory"):
+        raise ValueError(f'backend must be "auto", "ffcv" or "memory", got {backend!r}')
+    if num_workers is not None:
+        _require_integer("num_workers", num_workers, 1)
+    path = Path(path)
+    facts = beton.load_facts(path)
+    if facts.file_bytes <= _CHECKSUM_LIMIT_BYTES:
+        facts, checked = beton.verify(path), "checksum verified"
+    else:
+        beton.check(path, facts)
+        checked = f"tables checked, checksum not (more than {_CHECKSUM_LIMIT_BYTES >> 20} MiB)"
+
+    because = "as asked for"
+    if backend != "memory":
+        obstacle = _ffcv_obstacle(facts.encoding)
+        if obstacle is None:
+            return _FFCVSource(path, facts, torch.device(device), checked, num_workers)
+        if backend == "ffcv":
+            raise ValueError(f'{path} cannot be read with FFCV: {obstacle}. Or read it with backend="memory"')
+        because = f"because {obstacle}"
+    return _MemorySource(path, facts, torch.device(device), f"{because}; {checked}")
+
+
+class ImageSource(ABC):
+    """The images of one .beton file. Made by ``open_images``; also a context manager.
+
+    It is neither a torch Dataset nor a DataLoader: it needs no ``accelerator.prepare``, which returns it untouched.
+    The ranks of a run share nothing but their ``EpochPlan``.
+
+    Attributes:
+        path: The .beton file.
+        facts: What is known about it.
+        device: Where images and labels of the batches are.
+        backend: "ffcv" or "memory".
+        reason: Why this backend, and what was checked, in one line for the user.
+    """
+
+    backend: Backend
+
+    def __init__(self, path: Path, facts: Facts, device: torch.device, reason: str) -> None:
+        self.path, self.facts, self.device, self.reason = path, facts, device, reason
+        self._is_open = True
+
+    def batches(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """Reads this rank's batches of one epoch. Stopping early is fine; several iterators may be open at once.
+
+        Args:
+            plan: Which images, in which order.
+            epoch: From 0.
+            start_step: First step to read, 0 to ``len(plan)``.
+
+        Returns:
+            An iterator over ``len(plan) - start_step`` batches.
+
+        Raises:
+            ValueError: At the call, if an argument is out of range or the plan names an image that the file does
+                not have; at any time, if the source is closed.
+            RuntimeError: While iterating with FFCV, if its thread fails or this process was forked from the one
+                that opened the source.
+        """
+        self._check_open()
+        if plan.indices.max() >= self.facts.num_images:
+            raise ValueError(
+                f"the plan reads image {plan.indices.max()}, but {self.path} has {self.facts.num_images} images "
+                f"(0 to {self.facts.num_images - 1})"
+            )
+        return self._read(plan.batches(epoch, start_step))
+
+    def close(self) -> None:
+        """Frees memory and ends background threads; open iterators end with an error. May be called twice."""
+        self._is_open = False
+
+    def __enter__(self) -> ImageSource:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]: ...
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise ValueError(f"{self.path} was closed; open it again with open_images")
+
+
+class _MemorySource(ImageSource):
+    """All images decoded in memory; a batch is one gather."""
+
+    backend = "memory"
+
+    def __init__(self, path: Path, facts: Facts, device: torch.device, reason: str) -> None:
+        images, labels = beton.read(path)
+        size = f"{images.nbytes / 2**20:.0f} MiB"
+        super().__init__(path, facts, device, f"{size} of images in memory ({device}), {reason}")
+        # One row per image: index_select copies rows five times as fast as it copies (H, W, 3) blocks.
+        self._pixels = torch.from_numpy(images).flatten(1).to(device)
+        self._labels = torch.from_numpy(labels).to(device)
+
+    def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:
+        shape = (-1, self.facts.height, self.facts.width, 3)
+        for rows in slices:
+            self._check_open()
+            index = torch.from_numpy(rows.copy())
+            at = index.to(self.device)
+            yield Batch(self._pixels.index_select(0, at).view(shape), self._labels.index_select(0, at), index)
+
+    def close(self) -> None:
+        super().close()
+        self._pixels = self._labels = torch.empty(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# FFCV. Its background thread is used through its internals, since its public loader takes no order from outside.
+
+
+class _FFCVSource(ImageSource):
+    """FFCV reads and decodes in a background thread; each batch is copied out of its ring of buffers."""
+
+    backend = "ffcv"
+
+    def __init__(self, path: Path, facts: Facts, device: torch.device, checked: str, num_workers: int | None) -> None:
+        wanted = num_workers or (1 if facts.encoding == "raw" else 4)
+        usable = _load_ffcv().most_threads
+        workers = min(wanted, usable)
+        reason = f"ffcv {FFCV_VERSION} with {workers} thread{'s' if workers > 1 else ''}"
+        if num_workers is not None and num_workers > usable:
+            reason += f" ({num_workers} asked for, {usable} usable)"
+        super().__init__(path, facts, device, f"{reason}; {checked}")
+        self._process = os.getpid()
+        # Compiled once: the code fits every batch size.
+        self._loader = _load_ffcv().make_loader(path, facts.encoding, workers)
+        self._producers: set[Any] = set()
+        # Also runs when the interpreter ends, which may abort while such a thread is alive.
+        self._stop_producers = weakref.finalize(self, _stop_all, self._producers, self._process)
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self.path} was opened with FFCV by process {self._process} and is used by process {os.getpid()}, "
+                "forked from it: threads do not survive a fork. Open it in the new process, started with the spawn "
+                'method, or open it with backend="memory"'
+            )
+
+    def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:
+        rows = list(slices)
+        order = np.concatenate([*rows, np.empty(0, np.int64)])
+        producer = None
+        self._check_usable()
+        if len(order):
+            # FFCV cuts the order into batches of this size, as the plan did: only the last one is smaller.
+            self._loader.batch_size = len(rows[0])
+            producer = _load_ffcv().producer(self._loader, order)
+            self._producers.add(producer)
+        try:
+            for index in rows:
+                self._check_usable()
+                image = np.empty((0, self.facts.height, self.facts.width, 3), np.uint8)
+                label = np.empty((0, 1), np.int64)
+                if len(index):
+                    image, label = self._take(producer)
+                assert len(image) == len(label) == len(index)
+                yield Batch(self._copy(image), self._copy(label).view(-1), torch.from_numpy(index.copy()))
+        finally:
+            if producer is not None:
+                self._producers.discard(producer)
+                _stop_all({producer}, self._process)
+
+    def _copy(self, buffer: NDArray[Any]) -> Tensor:
+        """Copies out of FFCV's ring, which it overwrites as soon as the next batch is taken; waits for the copy."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(buffer.copy())
+        return torch.from_numpy(buffer).to(self.device, non_blocking=False)
+
+    def _take(self, producer: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The next batch. FFCV's own iterator waits without end for a thread that has died."""
+        while True:
+            was_alive = producer.is_alive()  # asked first, so that what it delivered before it died is not lost
+            try:
+                item = producer.output_queue.get(timeout=0.2)
+            except queue.Empty:
+                if was_alive:
+                    continue
+                item = None
+            if item is None:
+                self._check_open()
+                raise RuntimeError(
+                    f"FFCV's background thread stopped while reading {self.path}: {producer.failure!r}"
+                ) from producer.failure
+            _, (image, label) = item
+            return image, label
+
+    def close(self) -> None:
+        super().close()
+        self._stop_producers()
+        self._loader = None
+
+
+def _stop_all(producers: set[Any], process: int) -> None:
+    """Ends FFCV's threads and waits for them. In a forked copy of the process there are none."""
+    if os.getpid() != process:
+        return
+    for producer in list(producers):
+        producer.close()
+        while producer.is_alive():
+            # It may be waiting, without a time limit, for room in its queue.
+            while not producer.output_queue.empty():
+                producer.output_queue.get_nowait()
+            producer.join(0.01)
+
+
+def _ffcv_obstacle(encoding: str) -> str | None:
+    """Why FFCV cannot read images of this encoding here, and what to do about it; None if it can."""
+    if sys.platform != "linux":
+        return f"FFCV runs on Linux only, and this is {sys.platform}"
+    try:
+        version = metadata.version("ffcv")
+    except metadata.PackageNotFoundError:
+        return f"ffcv is not installed (to install it: {_INSTALL_FFCV})"
+    if version != FFCV_VERSION:
+        return f"ffcv {version} is installed, and only {FFCV_VERSION} is supported (to install it: {_INSTALL_FFCV})"
+    try:
+        ffcv = _load_ffcv()
+    except Exception as error:  # whatever a binary package may raise when it does not fit; it is reported
+        return f"ffcv does not import, {type(error).__name__}: {error} (to install it again: {_INSTALL_FFCV})"
+    if ffcv.process != os.getpid():
+        return (
+            f"this process was forked from one that uses FFCV (process {ffcv.process}), where FFCV may hang "
+            "(to avoid it: start processes with the spawn method)"
+        )
+    if encoding == "jpeg" and not ffcv.decodes_jpeg():
+        return (
+            "the installed ffcv cannot decode JPEG (to change that: install the libturbojpeg headers, on Debian "
+            f"and Ubuntu libturbojpeg0-dev, then {_INSTALL_FFCV})"
+        )
+    return None
+
+
+class _FFCV(NamedTuple):
+    """What this module takes from FFCV, and the process that loaded it."""
+
+    process: int
+    most_threads: int  # the cores that this process may use, or fewer by NUMBA_NUM_THREADS
+    producer: Any  # class: (loader, order) -> thread that fills ``output_queue``
+    make_loader: Any  # (path, encoding, num_workers) -> ffcv.loader.Loader
+    decodes_jpeg: Any  # () -> whether JPEG decodes, to the same pixels as in simclr.beton
+
+
+@functools.cache
+def _load_ffcv() -> _FFCV:
+    """Imports FFCV and amends what it does to the rest of the process."""
+    torch_threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils, and does not use it
+        import numba
+
+        numba_threads = numba.get_num_threads()
+        try:
+            from ffcv import _libffcv
+            from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+            from ffcv.loader import Loader, OrderOption, epoch_iterator
+            from ffcv.pipeline.compiler import Compiler
+        finally:  # importing it sets both to 1
+            torch.set_num_threads(torch_threads)
+            numba.set_num_threads(numba_threads)
+
+    # FFCV sets torch's thread count to its own number of workers when a loader is made and, from the background
+    # thread, when an epoch starts. Remembering the number is all that it needs for compiling.
+    def remember_num_threads(compiler: Any, num_threads: int) -> None:
+        compiler.num_threads = num_threads
+
+    Compiler.set_num_threads = classmethod(remember_num_threads)
+    # No GPU work happens in these pipelines. Without this, each epoch makes streams and events on the GPU.
+    epoch_iterator.IS_CUDA = False
+
+    numba_config: Any = numba.config
+    one_at_a_time = threading.Lock()
+
+    class Stopped(Exception):  # noqa: N818 - not an error
+        pass
+
+    class Producer(epoch_iterator.EpochIterator):  # type: ignore[misc]
+        """FFCV's background thread, which can be stopped and tells why it ended. Starts when made."""
+
+        failure: BaseException | None = None
+
+        def run(self) -> None:
+            numba.set_num_threads(self.loader.num_workers)  # numba counts per thread
+            try:
+                super().run()
+            except Stopped:
+                pass
+            except BaseException as error:  # raised again where the batches are taken
+                self.failure = error
+
+        def run_pipeline(self, *args: Any) -> Any:
+            if self.terminate_event.is_set():
+                raise Stopped
+            with one_at_a_time:  # numba's "workqueue" threads abort the process if two callers meet
+                return super().run_pipeline(*args)
+
+    jpeg_decoder = _make_jpeg_decoder(_libffcv.__file__, SimpleRGBImageDecoder, Compiler)
+
+    def make_loader(path: Path, encoding: str, num_workers: int) -> Any:
+        decoder = SimpleRGBImageDecoder if encoding == "raw" else jpeg_decoder
+        return Loader(
+            str(path),
+            batch_size=1,  # set for each epoch
+            num_workers=num_workers,
+            os_cache=True,  # the ranks of one machine share the file's pages
+            order=OrderOption.SEQUENTIAL,  # not used: the plan's order goes to the producer
+            seed=0,  # without it, the loader draws from numpy's global generator
+            drop_last=False,
+            pipelines={"image": [decoder()], "label": [IntDecoder()]},
+        )
+
+    @functools.cache
+    def decodes_jpeg() -> bool:
+        return jpeg_decoder is not None and _decodes_like_pillow(_libffcv.__file__)
+
+    return _FFCV(os.getpid(), numba_config.NUMBA_NUM_THREADS, Producer, make_loader, decodes_jpeg)
+
+
+def _turbojpeg(libffcv: str) -> tuple[Any, Any, Any]:
+    """tjInitDecompress, tjDecompress2 and tjDestroy of the library that FFCV is linked with.
+
+    Raises:
+        AttributeError: If FFCV was built without it.
+    """
+    library = ctypes.CDLL(libffcv)
+    start, decompress, stop = library.tjInitDecompress, library.tjDecompress2, library.tjDestroy
+    start.restype, start.argtypes = ctypes.c_void_p, []
+    decompress.restype = stop.restype = ctypes.c_int
+    stop.argtypes = [ctypes.c_void_p]
+    # handle, stream, its size, pixels, width, bytes per line (0: no padding), height, pixel format (0: RGB), flags
+    decompress.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
+    return start, decompress, stop
+
+
+def _make_jpeg_decoder(libffcv: str, simple_decoder: Any, compiler: Any) -> Any:
+    """FFCV's decoder with two changes, or None if FFCV was built without JPEG.
+
+    FFCV asks libjpeg-turbo for its fast transform, which differs from Pillow's pixels by up to 10 of 255 levels
+    and is 10 % faster, and it ignores failures: the batch then holds what was in the buffer before.
+    """
+    try:
+        start, decompress, stop = _turbojpeg(libffcv)
+    except AttributeError:
+        return None
+
+    class ExactJPEGDecoder(simple_decoder):  # type: ignore[misc]
+        def generate_code(self) -> Any:
+            memory_read, iterate = self.memory_read, compiler.get_iterator()
+
+            def decode(batch_indices: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
+                num_failed = 0
+                for i in iterate(len(batch_indices)):
+                    field = metadata[batch_indices[i]]
+                    stream, pixels = memory_read(field["data_ptr"], storage_state), destination[i]
+                    height, width = pixels.shape[0], pixels.shape[1]
+                    handle = start()  # takes a microsecond, and threads cannot share one
+                    status = decompress(
+                        handle, stream.ctypes.data, stream.size, pixels.ctypes.data, width, 0, height, 0, 0
+                    )
+                    stop(handle)
+                    num_failed += status != 0
+                if num_failed > 0:
+                    raise ValueError("JPEG streams of this batch cannot be decoded")
+                return destination[: len(batch_indices)]
+
+            decode.is_parallel = True  # type: ignore[attr-defined]
+            return decode
+
+    return ExactJPEGDecoder
+
+
+def _decodes_like_pillow(libffcv: str) -> bool:
+    """Whether FFCV's libjpeg-turbo gives Pillow's pixels, tried on one small image."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    start, decompress, stop = _turbojpeg(libffcv)
+    height, width = 40, 24
+    ramps = np.add.outer(np.arange(height)[:, None] * [3, 5, 1], np.arange(width)).transpose(0, 2, 1)
+    stream = beton.encode_jpeg(ramps.astype(np.uint8), quality=75)
+    expected = np.asarray(Image.open(BytesIO(stream)).convert("RGB"))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    handle = start()
+    status = decompress(handle, stream, len(stream), pixels.ctypes.data, width, 0, height, 0, 0)
+    stop(handle)
+    return status == 0 and np.array_equal(pixels, expected)
