@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +149,7 @@ def sidecar(
     print(f"{beton.sidecar_path(file)}: written ({facts.num_images} images)")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; user errors end it with a message and exit code 1."""
     commands: dict[str, Callable[..., Any]] = {
         "cifar10": cifar10,
@@ -161,7 +161,10 @@ def main() -> int:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="python -m data_prep", description="One-time conversion of images to FFCV's .beton."
+            commands,
+            prog="python -m data_prep",
+            description="One-time conversion of images to FFCV's .beton.",
+            args=arguments,
         )
     except (beton.BetonError, ConversionError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -496,7 +496,7 @@ class Writer:
             raise BetonError(f"{self.path} holds JPEG streams; use add_jpeg")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self._shape:
             raise BetonError(f"expected uint8 images of shape (m, *{self._shape}), got {images.dtype} {images.shape}")
-        flat = np.ascontiguousarray(images).reshape(len(images), -1)
+        flat = np.ascontiguousarray(images).reshape(len(images), math.prod(self._shape))
         self._digest.update(flat.data)
         self._append(list(flat), labels)
 
@@ -761,7 +761,7 @@ def describe(path: PathLike, **about: Unpack[About]) -> Facts:
         else:
             for stream in samples:
                 _digest_stream(digest, stream)
-        flat = pixels.reshape(len(pixels), -1)
+        flat = pixels.reshape(len(pixels), math.prod(shape))
         total += flat.sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
         squares += np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
         start += len(samples)

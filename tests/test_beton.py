@@ -1,0 +1,636 @@
+from __future__ import annotations
+
+import errno
+import importlib.util
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from simclr import beton
+from simclr.beton import BetonError, Writer
+
+REPOSITORY = Path(__file__).parents[1]
+HAS_FFCV = importlib.util.find_spec("ffcv") is not None
+needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
+
+# The format by its offsets, written down once more and independently of simclr.beton.
+HEADER, DESCRIPTOR, METADATA, ALLOCATION = 24, 1 + 16 + 1024, 24, 24
+FIRST_METADATA = HEADER + 2 * DESCRIPTOR
+N = 64
+PAGE = 1 << 21
+
+
+def make_arrays(n: int = N, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    return images, generator.integers(0, 10, n)
+
+
+def smooth_images(n: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Images that JPEG stores nearly unchanged."""
+    y, x = np.mgrid[0:height, 0:width]
+    phase = np.arange(n)[:, None, None, None] + np.arange(3)
+    waves: NDArray[np.float64] = 127 + 100 * np.sin(0.1 * (x + 2 * y)[None, :, :, None] + phase)
+    return waves.astype(np.uint8)
+
+
+def run_python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, text=True, capture_output=True, timeout=120, **options
+    )
+
+
+# ------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (1, 1), (7, 50), (96, 96)])
+def test_raw_images_come_back_exactly(tmp_path: Path, shape: tuple[int, int]) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (700, *shape, 3), dtype=np.uint8)
+    labels = generator.integers(-1, 5, 700)
+    facts = beton.write(tmp_path / "a.beton", images, labels, classes=list("abcde"))
+    images_read, labels_read = beton.read(tmp_path / "a.beton")
+    assert images_read.dtype == np.uint8
+    assert labels_read.dtype == np.int64
+    np.testing.assert_array_equal(images_read, images)
+    np.testing.assert_array_equal(labels_read, labels)
+    assert beton.load_facts(tmp_path / "a.beton") == facts == beton.verify(tmp_path / "a.beton")
+    assert not facts.is_labelled
+
+
+def test_jpeg_streams_come_back_as_pillow_decodes_them(tmp_path: Path) -> None:
+    images, labels = smooth_images(30, 40, 56), np.arange(30) % 3
+    facts = beton.write(tmp_path / "a.beton", images, labels, encoding="jpeg", jpeg_quality=95)
+    assert (facts.encoding, facts.jpeg_quality) == ("jpeg", 95)
+    images_read, labels_read = beton.read(tmp_path / "a.beton")
+    streams = [beton.encode_jpeg(image, 95) for image in images]
+    expected = np.stack([np.asarray(Image.open(io.BytesIO(stream))) for stream in streams])
+    np.testing.assert_array_equal(images_read, expected)
+    np.testing.assert_array_equal(labels_read, labels)
+    assert np.abs(images_read.astype(int) - images).mean() < 3
+
+
+def test_facts_agree_with_float64_arithmetic(tmp_path: Path) -> None:
+    images, labels = make_arrays(300)
+    labels[:3] = -1
+    classes = [f"c{i}" for i in range(11)]
+    path = tmp_path / "a.beton"
+    facts = beton.write(path, images, labels, source="noise", split="test", classes=classes, lossy_source=True)
+    scaled = images.astype(np.float64) / 255
+    np.testing.assert_allclose(facts.channel_mean, scaled.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(facts.channel_std, scaled.std((0, 1, 2)), rtol=1e-12)
+    assert facts.normalisation == (facts.channel_mean, facts.channel_std)
+    assert facts.class_counts == tuple(int((labels == i).sum()) for i in range(11))
+    assert (facts.num_images, facts.height, facts.width, facts.num_classes) == (300, 32, 32, 11)
+    assert (facts.source, facts.split, facts.lossy_source) == ("noise", "test", True)
+    assert facts.file_bytes == (tmp_path / "a.beton").stat().st_size
+
+
+def test_a_constant_channel_has_no_normalisation(tmp_path: Path) -> None:
+    images, labels = make_arrays()
+    images[..., 1] = 77
+    facts = beton.write(tmp_path / "a.beton", images, labels)
+    assert facts.channel_std[1] == 0
+    with pytest.raises(BetonError, match="constant"):
+        _ = facts.normalisation
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_same_content_gives_the_same_bytes_however_it_is_added(tmp_path: Path, encoding: beton.Encoding) -> None:
+    images, labels = make_arrays(1500)
+    facts = beton.write(tmp_path / "a.beton", images, labels, encoding=encoding)
+    with Writer(tmp_path / "b.beton", num_images=1500, height=32, width=32, encoding=encoding) as writer:
+        for start, stop in ((0, 1), (1, 700), (700, 700), (700, 1500)):
+            if encoding == "raw":
+                writer.add(images[start:stop], labels[start:stop])
+            else:
+                writer.add_jpeg([beton.encode_jpeg(i, 90) for i in images[start:stop]], labels[start:stop])
+        quality = 90 if encoding == "jpeg" else None
+        again = writer.finish(source=facts.source, split="train", classes=facts.classes, jpeg_quality=quality)
+        writer.commit()
+    assert again == facts
+    assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()
+    assert (
+        beton.sidecar_path(tmp_path / "a.beton").read_bytes() == beton.sidecar_path(tmp_path / "b.beton").read_bytes()
+    )
+
+
+# ------------------------------------------------------------------------------------------- FFCV's own reading
+
+
+@pytest.fixture(scope="module")
+def ffcv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our files read by FFCV, and FFCV's own files; all by one process, as importing ffcv takes seconds."""
+    if not HAS_FFCV:
+        pytest.skip("ffcv is not installed; it would read our files and write files for us to read")
+    folder = tmp_path_factory.mktemp("ffcv")
+    images, labels = make_arrays(1500)
+    np.savez(folder / "noise.npz", images=images, labels=labels)
+    labels[::7] = -1
+    beton.write(folder / "ours.beton", images, labels)
+    beton.write(folder / "ours-jpeg.beton", smooth_images(200, 48, 64), np.arange(200), encoding="jpeg")
+    writes = [
+        f"write:{folder}/noise.npz:{folder}/{mode}-{workers}.beton:{mode}:{workers}"
+        for mode, workers in (("raw", 1), ("raw", 3), ("jpg", 1), ("jpg", 3))
+    ]
+    reads = [f"read:{folder}/ours.beton:{folder}/ours.npz", f"read-jpeg:{folder}/ours-jpeg.beton:{folder}/jpeg.npz"]
+    result = run_python("-m", "tests.ffcv_reference", *writes, *reads)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_ffcv_reads_our_raw_file(ffcv_folder: Path) -> None:
+    images, labels = make_arrays(1500)
+    labels[::7] = -1
+    with np.load(ffcv_folder / "ours.npz") as read:
+        np.testing.assert_array_equal(read["images"], images)
+        np.testing.assert_array_equal(read["labels"], labels)
+
+
+def test_ffcv_reads_our_jpeg_file(ffcv_folder: Path) -> None:
+    if not (ffcv_folder / "jpeg.npz").exists():
+        pytest.skip("this ffcv was built without libjpeg-turbo; it would decode our JPEG streams")
+    with np.load(ffcv_folder / "jpeg.npz") as read:
+        np.testing.assert_array_equal(read["labels"], np.arange(200))
+        # FFCV asks libjpeg-turbo for its fast, less exact inverse transform; Pillow does not.
+        difference = np.abs(read["images"].astype(int) - beton.read(ffcv_folder / "ours-jpeg.beton")[0])
+        assert difference.max() <= 16
+        assert difference.mean() < 1
+
+
+def test_our_file_is_byte_for_byte_ffcvs_but_for_the_checksum(tmp_path: Path, ffcv_folder: Path) -> None:
+    beton.write(tmp_path / "ours.beton", *make_arrays(1500))
+    ours = bytearray((tmp_path / "ours.beton").read_bytes())
+    start = HEADER + 1 + 16  # the image field's arguments, which FFCV leaves empty and ignores
+    assert ours[start : start + 15] == b"content-sha256:"
+    ours[start : start + 1024] = bytes(1024)
+    assert bytes(ours) == (ffcv_folder / "raw-1.beton").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["raw-1", "raw-3", "jpg-1", "jpg-3"])
+def test_we_read_what_ffcvs_writer_wrote(tmp_path: Path, ffcv_folder: Path, name: str) -> None:
+    images, labels = make_arrays(1500)
+    path = Path(shutil.copy(ffcv_folder / f"{name}.beton", tmp_path))
+    layout = beton.check(path)
+    assert layout.content_sha256 is None
+    images_read, labels_read = beton.read(path)
+    np.testing.assert_array_equal(labels_read, labels)
+    if layout.encoding == "raw":
+        np.testing.assert_array_equal(images_read, images)
+    else:
+        error = np.abs(images_read.astype(int) - images).mean()
+        other = np.abs(images_read.astype(int) - images[::-1]).mean()
+        assert error < 50 < 70 < other  # JPEG keeps little of noise, but enough to tell images apart
+    with pytest.raises(BetonError, match="python -m data_prep sidecar"):
+        beton.load_facts(path)
+    facts = beton.describe(path, source="FFCV", split="train", classes=[str(i) for i in range(10)])
+    beton.save_facts(path, facts)
+    assert beton.verify(path) == facts
+    if layout.encoding == "raw":  # the checksum of the content does not depend on the layout of the pages
+        ours = beton.write(tmp_path / "ours.beton", images, labels)
+        assert facts.content_sha256 == ours.content_sha256
+        assert facts.file_sha256 != ours.file_sha256
+
+
+# ------------------------------------------------------------------------------------------------------- damage
+
+
+def set_number(data: bytearray, offset: int, form: str, value: int) -> bytearray:
+    struct.pack_into("<" + form, data, offset, value)
+    return data
+
+
+def table_offset(data: bytearray) -> int:
+    return int(struct.unpack_from("<Q", data, 16)[0])
+
+
+def metadata(i: int, field: str) -> int:
+    return FIRST_METADATA + i * METADATA + {"mode": 0, "width": 1, "height": 3, "offset": 5, "label": 16}[field]
+
+
+def offset_of(data: bytearray, i: int) -> int:
+    return int(struct.unpack_from("<Q", data, metadata(i, "offset"))[0])
+
+
+def move_both(data: bytearray, i: int, offset: int) -> bytearray:
+    """Changes where image i starts in both tables, so that they still agree."""
+    set_number(data, metadata(i, "offset"), "Q", offset)
+    return set_number(data, table_offset(data) + i * ALLOCATION + 8, "Q", offset)
+
+
+def all_heights(data: bytearray, height: int) -> bytearray:
+    for i in range(N):
+        set_number(data, metadata(i, "height"), "H", height)
+    return data
+
+
+DAMAGES: dict[str, Callable[[bytearray], bytes | bytearray]] = {
+    "empty": lambda b: b"",
+    "20 bytes": lambda b: b[:20],
+    "cut in the descriptors": lambda b: b[: HEADER + 100],
+    "cut in the metadata": lambda b: b[: FIRST_METADATA + 10 * METADATA + 3],
+    "cut in half": lambda b: b[: len(b) // 2],
+    "half of the allocation table": lambda b: b[: table_offset(b) + N * ALLOCATION // 2],
+    "no allocation table": lambda b: b[: table_offset(b)],
+    "one byte short": lambda b: b[:-1],
+    "one byte long": lambda b: b + b"\0",
+    "a PNG": lambda b: b"\x89PNG\r\n\x1a\n" + b[8:],
+    "version": lambda b: set_number(b, 0, "H", 3),
+    "1 field": lambda b: set_number(b, 2, "H", 1),
+    "60000 fields": lambda b: set_number(b, 2, "H", 60000),
+    "page size 0": lambda b: set_number(b, 4, "I", 0),
+    "page size not a power of 2": lambda b: set_number(b, 4, "I", PAGE + 1),
+    "other page size": lambda b: set_number(b, 4, "I", 2 * PAGE),
+    "no samples": lambda b: set_number(b, 8, "Q", 0),
+    "fewer samples": lambda b: set_number(b, 8, "Q", N // 2),
+    "1000 times the samples": lambda b: set_number(b, 8, "Q", 1000 * N),
+    "2^62 samples": lambda b: set_number(b, 8, "Q", 1 << 62),
+    "table beyond the end": lambda b: set_number(b, 16, "Q", 1 << 40),
+    "table in the pixels": lambda b: set_number(b, 16, "Q", PAGE),
+    "table at 2^64 - 1": lambda b: set_number(b, 16, "Q", (1 << 64) - 1),
+    "image field becomes int": lambda b: set_number(b, HEADER, "B", 1),
+    "image field becomes bytes": lambda b: set_number(b, HEADER, "B", 3),
+    "unknown field": lambda b: set_number(b, HEADER, "B", 77),
+    "int field becomes image": lambda b: set_number(b, HEADER + DESCRIPTOR, "B", 2),
+    "field name": lambda b: set_number(b, HEADER + 1, "B", ord("j")),
+    "image arguments": lambda b: set_number(b, HEADER + 17 + 20, "B", 0xFF),
+    "label arguments": lambda b: set_number(b, HEADER + DESCRIPTOR + 17 + 500, "B", 1),
+    "one height": lambda b: set_number(b, metadata(5, "height"), "H", 65535),
+    "one width": lambda b: set_number(b, metadata(5, "width"), "H", 0),
+    "all heights": lambda b: all_heights(b, 4096),
+    "all heights 0": lambda b: all_heights(b, 0),
+    "one mode": lambda b: set_number(b, metadata(5, "mode"), "B", 0),
+    "unknown mode": lambda b: set_number(b, metadata(5, "mode"), "B", 9),
+    "image beyond the end": lambda b: set_number(b, metadata(5, "offset"), "Q", 1 << 40),
+    "image in the last bytes": lambda b: set_number(b, metadata(5, "offset"), "Q", len(b) - 16),
+    "image is another's": lambda b: set_number(b, metadata(5, "offset"), "Q", offset_of(b, 6)),
+    "image is another's in both tables": lambda b: move_both(b, 5, offset_of(b, 6)),
+    "image overlaps": lambda b: move_both(b, 5, offset_of(b, 5) + 1),
+    "image in the metadata": lambda b: move_both(b, 5, FIRST_METADATA),
+    "image in the table": lambda b: move_both(b, 5, table_offset(b)),
+    "image runs into the table": lambda b: move_both(b, 5, table_offset(b) - 16),
+    "image at 2^64 - 1": lambda b: move_both(b, 5, (1 << 64) - 1),
+    "allocation of 1 MB": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", 1 << 20),
+    "allocation of 2^64 - 1": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", (1 << 64) - 1),
+    "allocation of 0": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", 0),
+    "allocation twice": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION, "Q", 6),
+    "allocation of sample 2^40": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION, "Q", 1 << 40),
+    "label -2": lambda b: set_number(b, metadata(5, "label"), "q", -2),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "encoding"),
+    [(d, e) for d in DAMAGES for e in ("raw", "jpeg") if (d, e) != ("one mode", "jpeg")],  # it has that mode
+)
+def test_every_damaged_table_is_refused(tmp_path: Path, damage: str, encoding: beton.Encoding) -> None:
+    path = tmp_path / "a.beton"
+    facts = beton.write(path, *make_arrays(), encoding=encoding)
+    good = path.read_bytes()
+    bad = bytes(DAMAGES[damage](bytearray(good)))
+    assert bad != good
+    path.write_bytes(bad)
+    with pytest.raises(BetonError, match=r"a\.beton"):
+        beton.check(path, facts)
+    if (damage, encoding) not in {("all heights", "jpeg"), ("allocation of 1 MB", "jpeg")}:
+        # A JPEG sample may have any height and size; only the facts know better.
+        with pytest.raises(BetonError, match=r"a\.beton"):
+            beton.check(path)
+        with pytest.raises(BetonError):
+            beton.read(path)
+
+
+def test_damages_start_from_a_file_that_is_accepted(tmp_path: Path) -> None:
+    facts = beton.write(tmp_path / "a.beton", *make_arrays())
+    data = bytearray((tmp_path / "a.beton").read_bytes())
+    layout = beton.check(tmp_path / "a.beton", facts)
+    assert [offset_of(data, i) for i in range(N)] == layout.offsets.tolist()
+    assert table_offset(data) + N * ALLOCATION == len(data)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_changed_pixels_pass_the_check_and_fail_verification(tmp_path: Path, encoding: beton.Encoding) -> None:
+    path = tmp_path / "a.beton"
+    facts = beton.write(path, *make_arrays(), encoding=encoding)
+    data = bytearray(path.read_bytes())
+    offset = offset_of(data, 5)
+    data[offset : offset + 64] = bytes(64)
+    path.write_bytes(data)
+    beton.check(path, facts)
+    with pytest.raises(BetonError, match="sha256"):
+        beton.verify(path)
+    with pytest.raises(BetonError, match="image 5 is not a readable JPEG" if encoding == "jpeg" else "sha256"):
+        beton.describe(path, source="", split="train", classes=facts.classes)
+    if encoding == "jpeg":
+        with pytest.raises(BetonError, match="image 5 is not a readable JPEG"):
+            beton.read(path)
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(BetonError, match=r"no such file.*python -m data_prep"):
+        beton.check(tmp_path / "no.beton")
+
+
+# ------------------------------------------------------------------------------------------------------ sidecar
+
+
+def edit_sidecar(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    sidecar = beton.sidecar_path(path)
+    entries = json.loads(sidecar.read_text())
+    change(entries)
+    sidecar.write_text(json.dumps(entries))
+
+
+BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "unknown entry": (lambda e: e.update(colour="red"), "unknown entries.*colour"),
+    "missing entry": (lambda e: e.pop("channel_std"), "missing entries.*channel_std"),
+    "other version": (lambda e: e.update(format_version=2), "format_version is 2"),
+    "text for a number": (lambda e: e.update(num_images="64"), "num_images"),
+    "true for a number": (lambda e: e.update(height=True), "height"),
+    "no images": (lambda e: e.update(num_images=0), "num_images"),
+    "encoding": (lambda e: e.update(encoding="png"), "encoding"),
+    "quality": (lambda e: e.update(jpeg_quality=101), "jpeg_quality"),
+    "not a number": (lambda e: e.update(channel_mean=[float("nan"), 0, 0]), "NaN"),
+    "two channels": (lambda e: e.update(channel_mean=[0.5, 0.5]), "channel_mean"),
+    "mean of 127": (lambda e: e.update(channel_mean=[127, 127, 127]), "channel_mean"),
+    "checksum": (lambda e: e.update(file_sha256="0" * 63), "file_sha256"),
+    "a class less": (lambda e: e["classes"].pop(), "class_counts"),
+    "too many images in a class": (lambda e: e["class_counts"].__setitem__(0, 1000), "class_counts"),
+    "version number": (lambda e: e.update(written_by={"numpy": 2}), "written_by"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SIDECARS)
+def test_a_wrong_sidecar_is_refused(tmp_path: Path, name: str) -> None:
+    beton.write(tmp_path / "a.beton", *make_arrays())
+    change, message = BAD_SIDECARS[name]
+    edit_sidecar(tmp_path / "a.beton", change)
+    with pytest.raises(BetonError, match=message):
+        beton.load_facts(tmp_path / "a.beton")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\ufffe"])
+def test_a_sidecar_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    beton.write(tmp_path / "a.beton", *make_arrays())
+    beton.sidecar_path(tmp_path / "a.beton").write_text(text, encoding="utf-8")
+    with pytest.raises(BetonError, match=r"a\.beton\.json.*python -m data_prep"):
+        beton.load_facts(tmp_path / "a.beton")
+
+
+def test_a_sidecar_of_another_file_of_the_same_size_is_refused_without_reading_pixels(tmp_path: Path) -> None:
+    images, labels = make_arrays()
+    beton.write(tmp_path / "a.beton", images, labels)
+    beton.write(tmp_path / "b.beton", 255 - images, labels)
+    shutil.copy(tmp_path / "b.beton", tmp_path / "a.beton")
+    facts = beton.load_facts(tmp_path / "a.beton")
+    with pytest.raises(BetonError, match=r"content_sha256.*do not belong together"):
+        beton.check(tmp_path / "a.beton", facts)
+    with pytest.raises(BetonError, match="do not belong together"):
+        beton.save_facts(tmp_path / "a.beton", facts)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"num_images": 65}, {"height": 16}, {"encoding": "jpeg"}, {"class_counts": (64, *[0] * 9)}]
+)
+def test_facts_that_differ_from_the_tables_are_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
+    facts = beton.write(tmp_path / "a.beton", *make_arrays())
+    with pytest.raises(BetonError, match=next(iter(entry))):
+        beton.check(tmp_path / "a.beton", replace(facts, **entry))
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
+    images, _ = make_arrays()
+    with pytest.raises(BetonError, match="label 3 is out of range for 3 classes"):
+        beton.write(tmp_path / "a.beton", images, np.arange(N) % 4, classes=["a", "b", "c"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- what can go wrong
+
+
+def test_wrong_arguments_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    images, labels = make_arrays()
+    path = tmp_path / "a.beton"
+    about = beton.About(source="", split="train", classes=[str(i) for i in range(10)])
+    with pytest.raises(BetonError, match="uint8"):
+        beton.write(path, images.astype(np.float32), labels)
+    with pytest.raises(BetonError, match="64 whole numbers"):
+        beton.write(path, images, labels[:-1])
+    with pytest.raises(BetonError, match="whole numbers"):
+        beton.write(path, images, labels / 2)
+    with pytest.raises(BetonError, match="-1"):
+        beton.write(path, images, labels - 3)
+    with pytest.raises(BetonError, match="0 images"):
+        beton.write(path, images[:0], labels[:0])
+    with pytest.raises(BetonError, match="jpeg_quality"):
+        beton.write(path, images, labels, encoding="jpeg", jpeg_quality=0)
+    with pytest.raises(BetonError, match="encoding"):
+        beton.write(path, images, labels, encoding="png")  # type: ignore[arg-type]
+    with Writer(path, num_images=N, height=32, width=32) as writer:
+        writer.add(images[:10], labels[:10])
+        with pytest.raises(BetonError, match="use add"):
+            writer.add_jpeg([b"x"], [0])
+        with pytest.raises(BetonError, match="64 images were announced, 10 added"):
+            writer.finish(**about)
+        with pytest.raises(BetonError, match="before finish"):
+            writer.commit()
+        with pytest.raises(BetonError, match="74 images added, but 64"):
+            writer.add(images, labels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_visible_before_commit_and_nothing_is_left_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    old = beton.write(path, *make_arrays(seed=1))
+    images, labels = make_arrays(seed=2)
+    with Writer(path, num_images=N, height=32, width=32) as writer:
+        writer.add(images, labels)
+        new = writer.finish(source="", split="train", classes=old.classes)
+        assert new.content_sha256 != old.content_sha256
+        assert beton.verify(path) == old
+    assert beton.verify(path) == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("there is no lock on Windows")
+    images, labels = make_arrays()
+    with Writer(tmp_path / "a.beton", num_images=N, height=32, width=32) as writer:
+        with pytest.raises(BetonError, match="another process is writing"):
+            beton.write(tmp_path / "a.beton", images, labels)
+        writer.add(images, labels)
+        facts = writer.finish(source="", split="train", classes=[str(i) for i in range(10)])
+        writer.commit()
+    assert beton.verify(tmp_path / "a.beton") == facts
+
+
+def test_a_disk_that_changes_what_is_written_is_noticed(tmp_path: Path) -> None:
+    images, labels = make_arrays(1500)  # more than one page, so that the first is on disk before the end
+    with Writer(tmp_path / "a.beton", num_images=1500, height=32, width=32) as writer:
+        writer.add(images, labels)
+        with (tmp_path / "a.beton.partial").open("r+b") as file:
+            file.seek(PAGE + 1000)
+            assert file.read(1) == images.reshape(-1)[1000:1001].tobytes()
+            file.seek(PAGE + 1000)
+            file.write(bytes([images.reshape(-1)[1000] ^ 1]))
+        with pytest.raises(BetonError, match="content has sha256"):
+            writer.finish(source="", split="train", classes=[str(i) for i in range(10)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_between_file_and_sidecar_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.beton"
+    beton.write(path, *make_arrays(seed=1))
+    images, labels = make_arrays(seed=2)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(beton, "save_facts", crash)
+    with pytest.raises(KeyboardInterrupt):
+        beton.write(path, images, labels)
+    np.testing.assert_array_equal(beton.read(path)[0], images)
+    with pytest.raises(BetonError, match=r"no such file.*python -m data_prep"):
+        beton.load_facts(path)
+
+
+WRITE_FOREVER = """
+import sys
+import numpy as np
+from simclr import beton
+sets = [np.full((1500, 32, 32, 3), value, np.uint8) for value in (1, 2)]
+sets[0][0], sets[1][0] = 0, 0
+print("ready", flush=True)
+while True:
+    for images in sets:
+        beton.write(sys.argv[1], images, np.zeros(len(images), int))
+"""
+
+
+@needs_posix
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.beton"
+    generator = random.Random(0)
+    seen = set()
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOREVER, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.15 + 0.1 * generator.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if not path.exists():
+            continue
+        images, _ = beton.read(path)
+        assert (images[1:] == images[1, 0, 0, 0]).all()
+        seen.add(int(images[1, 0, 0, 0]))
+        if beton.sidecar_path(path).exists():
+            beton.verify(path)
+    assert seen <= {1, 2}
+    assert seen, "no file was ever finished; the test did not test anything"
+
+
+@needs_posix
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_a_file_size_limit_leaves_the_old_file(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.beton"
+    old = beton.write(path, *make_arrays(seed=1))
+    script = (
+        "import resource, sys; import numpy as np; from simclr import beton\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))\n"
+        "images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), dtype=np.uint8)\n"
+        "try: beton.write(sys.argv[1], images, np.zeros(4000, int), encoding=sys.argv[2])\n"
+        "except beton.BetonError as error: sys.exit(str(error))\n"
+    )
+    result = run_python("-c", script, str(path), encoding)
+    assert result.returncode == 1
+    assert "larger than this process or file system may write" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert beton.verify(path) == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
+
+
+FULL_DISK = """
+import sys
+import numpy as np
+from pathlib import Path
+from simclr import beton
+folder = Path(sys.argv[1])
+images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), dtype=np.uint8)
+old = beton.write(folder / "a.beton", images[:600], np.zeros(600, int))
+for encoding in ("raw", "jpeg"):
+    try:
+        beton.write(folder / "a.beton", images, np.zeros(4000, int), encoding=encoding)
+    except beton.BetonError as error:
+        print(error)
+assert beton.verify(folder / "a.beton") == old
+assert sorted(p.name for p in folder.iterdir()) == ["a.beton", "a.beton.json"]
+print("intact")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    mounted = f'mount -t tmpfs -o size=6m none "{tmp_path}" && exec "$@"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted, "sh", "true"], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    raw, jpeg, intact = result.stdout.splitlines()
+    assert "needs 14.8 MB, but" in raw
+    assert "MB free" in raw
+    assert "is full; free some space" in jpeg
+    assert intact == "intact"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing" / "a.beton", "does not exist"),
+        (lambda folder: folder / "file" / "a.beton", "is not a folder"),
+        (lambda folder: folder / "locked" / "a.beton", "no permission to write in"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if "permission" in message and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    with pytest.raises(BetonError, match=message):
+        beton.write(make(tmp_path), *make_arrays())
+
+
+def test_every_disk_error_is_explained() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        text = beton.explain(OSError(number, os.strerror(number)), "folder/a.beton")
+        assert "folder" in text
+        assert "An existing file was left as it is" in text
+    assert "something else" in beton.explain(OSError("something else"), "folder/a.beton")
