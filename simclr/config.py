@@ -262,7 +262,7 @@ def from_json(kind: type[Config], text: str) -> Config:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into ``kind``: a dataclass, a tuple, Path, Literal, Optional or a plain type."""
+    """Turn parsed JSON into ``kind``: a dataclass, a tuple, a dict, Path, Literal, Optional or a plain type."""
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected an object, got {value!r}")
@@ -287,6 +287,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list) or len(kinds) != len(value):
             raise ValueError(f"{where}: expected a list of {len(kinds)}, got {value!r}")
         return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected an object, got {value!r}")
+        return {name: _build(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if kind is Path:
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
