@@ -68,10 +68,6 @@ class Storage:
     jpeg_quality: int = 90
     force: bool = False
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.jpeg_quality <= 100:
-            raise ConversionError(f"--jpeg-quality must be 1 to 100, got {self.jpeg_quality}")
-
 
 def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
     """Writes one split, reads it back, compares, and only then gives the file its name.
@@ -88,9 +84,11 @@ def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
         The facts about the file.
 
     Raises:
-        ConversionError: If a different file is there and may not be replaced.
+        ConversionError: If a different file is there and may not be replaced, or the quality is out of range.
         BetonError: If the file cannot be written.
     """
+    if not 1 <= storage.jpeg_quality <= 100:
+        raise ConversionError(f"--jpeg-quality must be 1 to 100, got {storage.jpeg_quality}")
     if source.is_determined and (facts := _same_by_description(source, path, storage)):
         print(f"{path}: already there and intact ({_summary(facts)})")
         return facts

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data_prep.convert import Chunk, ConversionError, Source, map_in_order, usable_cores
 
@@ -193,8 +193,7 @@ def _load(path: Path, resolution: int | None) -> _Loaded | str:
     try:
         with Image.open(path) as image:
             mode, kind = image.mode, image.format
-            # Pillow cuts 16-bit colour to 8 bits on loading and says so nowhere else.
-            if mode not in ("RGB", *_CONVERTED_MODES) or any(";16" in str(tile) for tile in image.tile):
+            if mode not in ("RGB", *_CONVERTED_MODES) or _is_16_bit(image):
                 return f"mode {mode} with more than 8 bits per channel or of unknown meaning is not supported"
             # A palette with transparency goes through RGBA: straight to RGB, Pillow warns.
             rgb = image.convert("RGBA").convert("RGB") if mode in ("P", "PA") else image.convert("RGB")
@@ -205,6 +204,15 @@ def _load(path: Path, resolution: int | None) -> _Loaded | str:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         return str(error)
     return _Loaded(np.asarray(rgb), mode, kind in _LOSSY_FORMATS, is_enlarged)
+
+
+def _is_16_bit(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow would cut 16-bit colour to 8 bits on loading; only the decoder's arguments say so."""
+    for tile in image.tile:
+        for argument in tile.args if isinstance(tile.args, tuple) else (tile.args,):
+            if ";16" in str(argument) or (tile.codec_name.startswith("ppm") and argument in range(256, 65536)):
+                return True
+    return False
 
 
 def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:

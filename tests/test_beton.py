@@ -171,7 +171,7 @@ def test_ffcv_reads_our_jpeg_file(ffcv_folder: Path) -> None:
         # FFCV asks libjpeg-turbo for its fast, less exact inverse transform; Pillow does not.
         difference = np.abs(read["images"].astype(int) - beton.read(ffcv_folder / "ours-jpeg.beton")[0])
         assert difference.max() <= 16
-        assert difference.mean() < 1
+        assert difference.mean() < 2
 
 
 def test_our_file_is_byte_for_byte_ffcvs_but_for_the_checksum(tmp_path: Path, ffcv_folder: Path) -> None:
