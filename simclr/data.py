@@ -506,9 +506,9 @@ def _load_ffcv() -> _FFCV:
             from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
             from ffcv.loader import Loader, OrderOption, epoch_iterator
             from ffcv.pipeline.compiler import Compiler
-        finally:  # importing it sets both to 1
-            torch.set_num_threads(torch_threads)
+        finally:  # importing it sets both to 1; torch comes last, as numba may share its OpenMP library
             numba.set_num_threads(numba_threads)
+            torch.set_num_threads(torch_threads)
 
     # FFCV sets torch's thread count to its own number of workers when a loader is made and, from the background
     # thread, when an epoch starts. Remembering the number is all that it needs for compiling.
