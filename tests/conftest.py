@@ -1,15 +1,99 @@
-"""Fixtures and session rules of the whole suite."""
+"""Fixtures and session rules of the whole suite.
+
+CIFAR10_JPEG_ARCHIVE names a .tar.xz of CIFAR-10 as JPEG files (train/<class>/NNNN.jpg, test/<class>/NNNN.jpg).
+The tests marked real_data use it and are skipped without it. With REQUIRE_REAL_DATA=1 a skipped real_data test is
+a failure, and so is a session in which none passed: continuous integration cannot lose them unnoticed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import shut_down_workers
+
+CIFAR10_JPEG_SHA256 = "eef3a0c9b9b536d7eff5b956584990fab6b7da4629a91c7470493a7b41940856"
+CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
+
+_passed_real_data = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_outlives_the_session() -> Iterator[None]:
     yield
     shut_down_workers()
+
+
+@pytest.fixture(scope="session")
+def cifar10_jpeg(request: pytest.FixtureRequest) -> Path:
+    """Return a folder with all of CIFAR-10 as JPEG files under train/ and test/, kept from session to session."""
+    name = os.environ.get("CIFAR10_JPEG_ARCHIVE")
+    if not name:
+        pytest.skip("CIFAR10_JPEG_ARCHIVE is not set")
+    archive = Path(name)
+    if not archive.is_file():
+        pytest.fail(f"CIFAR10_JPEG_ARCHIVE={name}: there is no such file")
+    checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if checksum != CIFAR10_JPEG_SHA256:
+        pytest.fail(f"{archive} has SHA-256 {checksum}, expected {CIFAR10_JPEG_SHA256}")
+
+    folder = request.config.rootpath / ".cache" / f"cifar10-jpeg-{checksum[:12]}"
+    if _count_images(folder) != CIFAR10_JPEG_COUNTS:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            # Renamed when complete, so that an interrupted session leaves nothing that looks usable.
+            with tarfile.open(archive) as tar:
+                tar.extractall(f"{partial}/images", filter="data")
+            Path(partial, "images").rename(folder)
+        assert _count_images(folder) == CIFAR10_JPEG_COUNTS
+    return folder
+
+
+def _count_images(folder: Path) -> dict[str, int]:
+    return {split: sum(1 for _ in folder.glob(f"{split}/*/*.jpg")) for split in CIFAR10_JPEG_COUNTS}
+
+
+def _require_real_data() -> bool:
+    return os.environ.get("REQUIRE_REAL_DATA") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_passed_real_data] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("real_data") is None:
+        return report
+    if report.skipped and _require_real_data() and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"REQUIRE_REAL_DATA=1, and this test was skipped: {reason}"
+    elif report.passed and report.when == "call":
+        item.config.stash[_passed_real_data].append(item.nodeid)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _real_data_is_lacking(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _real_data_is_lacking(terminalreporter.config):
+        terminalreporter.write_line("REQUIRE_REAL_DATA=1, and no real_data test passed: the session failed", red=True)
+
+
+def _real_data_is_lacking(config: pytest.Config) -> bool:
+    return _require_real_data() and not config.option.collectonly and not config.stash[_passed_real_data]

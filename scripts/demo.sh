@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The main job from end to end on the built-in data set: scripts/demo.sh
+#
+# Sets everything up (scripts/setup.sh), draws and converts the shapes, pretrains, trains the linear classifier
+# and writes the report. Needs neither a GPU nor, once set up, a network. Options for pretraining may follow:
+# scripts/demo.sh --seed 1
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/common.sh
+
+data=data/shapes
+run=results/demo
+prepare_data=(python -m data_prep shapes --output "$data")
+pretrain=(accelerate launch --config_file accelerate_configs/cpu.yaml train_simclr.py demo --output-dir "$run")
+probe=(python linear_probe.py --pretrained "$run/simclr_best_epoch.pt")
+
+scripts/setup.sh
+activate
+
+stage "data: ${prepare_data[*]}"
+"${prepare_data[@]}"
+stage "pretraining: ${pretrain[*]} $*"
+"${pretrain[@]}" "$@"
+stage "linear probe: ${probe[*]}"
+"${probe[@]}"
+stage "done. The report: $run/report.md and $run/report.html"
