@@ -169,7 +169,7 @@ LIGHT_VIEW = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_p
 """Random crop and flip only."""
 
 _CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "linear": {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3), "weight_decays": (0.0, 1e-5, 1e-4, 1e-3, 1e-2)},
+    "linear": {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "weight_decays": (0.0, 1e-5, 1e-4, 1e-3)},
     "finetune": {"learning_rates": (0.01, 0.03, 0.1), "weight_decays": (5e-4,)},
 }
 
@@ -203,11 +203,11 @@ class ProbeConfig:
     """Augmentation for features augmented and mode finetune."""
 
     learning_rates: tuple[float, ...] = ()
-    """Candidates, chosen on the validation split of the training file. Default: 0.003 0.01 0.03 0.1 0.3 (linear),
-    0.01 0.03 0.1 (finetune)."""
+    """Candidates, chosen on the validation split of the training file. Default: 0.003 0.01 0.03 0.1 0.3 1
+    (linear), 0.01 0.03 0.1 (finetune)."""
 
     weight_decays: tuple[float, ...] = ()
-    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 1e-2 (linear), 5e-4 (finetune)."""
+    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 5e-4 (finetune)."""
 
     momentum: float = 0.9
     num_validation: int = 5000

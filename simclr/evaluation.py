@@ -449,27 +449,28 @@ def fit_linear(
     for name, features in measure.items():
         _require_labels(features, num_classes, name)
     g, c = len(candidates), num_classes
-    # One column per candidate and class.
-    peak = mean.new_tensor([candidate.learning_rate for candidate in candidates]).repeat_interleave(c)
-    decay = mean.new_tensor([candidate.weight_decay for candidate in candidates]).repeat_interleave(c)
-    weight, bias = mean.new_zeros(len(mean), g * c), mean.new_zeros(g * c)
+    # One row per candidate and class; images lie along the columns, so that the softmax runs over contiguous memory
+    # (five times as fast on a CPU as with the classes innermost).
+    peak = mean.new_tensor([candidate.learning_rate for candidate in candidates]).repeat_interleave(c)[:, None]
+    decay = mean.new_tensor([candidate.weight_decay for candidate in candidates]).repeat_interleave(c)[:, None]
+    weight, bias = mean.new_zeros(g * c, len(mean)), mean.new_zeros(g * c, 1)
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
     history: _History = {name: [] for name in measure}
     for epoch in range(epochs):
         learning_rate = peak * learning_rate_at(epoch, peak=1.0, total_steps=epochs)
         for representation, label in batches(epoch):
             x = (representation - mean) / std  # (b, D)
-            probability = torch.addmm(bias, x, weight).view(-1, g, c).softmax(dim=2)
-            error = (probability - F.one_hot(label, c)[:, None]).flatten(1) / len(label)  # d loss / d logits
-            weight_velocity.mul_(momentum).add_(x.T @ error).add_(decay * weight)
-            bias_velocity.mul_(momentum).add_(error.sum(dim=0))
+            probability = torch.addmm(bias, weight, x.T).view(g, c, -1).softmax(dim=1)
+            # d loss / d logits, (g * c, b)
+            error = (probability - F.one_hot(label, c).T.to(x.dtype)).flatten(0, 1) / len(label)
+            weight_velocity.mul_(momentum).add_(error @ x).add_(decay * weight)
+            bias_velocity.mul_(momentum).add_(error.sum(dim=1, keepdim=True))
             weight -= learning_rate * weight_velocity
             bias -= learning_rate * bias_velocity
-        folded = _fold(weight, bias, mean, std)
+        folded_weight, folded_bias = _fold(weight, bias, mean, std)
         for name, features in measure.items():
-            history[name].append(_loss_and_accuracy(*folded, features, c))
-    folded_weight, folded_bias = _fold(weight, bias, mean, std)
-    return LinearFit(folded_weight.T.reshape(g, c, -1).contiguous(), folded_bias.view(g, c), _curves(history))
+            history[name].append(_loss_and_accuracy(folded_weight, folded_bias, features, c))
+    return LinearFit(folded_weight.view(g, c, -1), folded_bias.view(g, c), _curves(history))
 
 
 def choose(candidates: Sequence[Candidate], validation: Curve) -> int:
@@ -490,23 +491,23 @@ def choose(candidates: Sequence[Candidate], validation: Curve) -> int:
 
 def _fold(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight and bias that do to plain features what these do to standardised ones."""
-    folded = weight.double() / std.double()[:, None]
-    return folded.to(weight.dtype), (bias.double() - mean.double() @ folded).to(bias.dtype)
+    folded = weight.double() / std.double()
+    return folded.to(weight.dtype), (bias.double() - (folded @ mean.double())[:, None]).to(bias.dtype)
 
 
 def _loss_and_accuracy(
     weight: Tensor, bias: Tensor, features: Features, num_classes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean cross-entropy and accuracy in percent, (g,) each, for weight (D, g * c) and bias (g * c,)."""
+    """Return mean cross-entropy and accuracy in percent, (g,) each, for weight (g * c, D) and bias (g * c, 1)."""
     loss, right = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
     block = max(1, _LOGITS_AT_ONCE // len(bias))
     for start in range(0, len(features), block):
         label = features.label[start : start + block]
-        logits = torch.addmm(bias, features.representation[start : start + block], weight)
-        logits = logits.view(len(label), -1, num_classes)
-        log_probability = logits.log_softmax(dim=2).gather(2, label[:, None, None].expand(-1, logits.shape[1], 1))
-        loss = loss - log_probability.double().sum(dim=(0, 2)).cpu()
-        right = right + (logits.argmax(dim=2) == label[:, None]).sum(dim=0).cpu()
+        logits = torch.addmm(bias, weight, features.representation[start : start + block].T)
+        logits = logits.view(-1, num_classes, len(label))  # (g, c, b)
+        log_probability = logits.log_softmax(dim=1).gather(1, label.expand(len(logits), 1, -1))
+        loss = loss - log_probability.double().sum(dim=(1, 2)).cpu()
+        right = right + (logits.argmax(dim=1) == label).sum(dim=1).cpu()
     return loss.numpy() / len(features), 100 * right.double().numpy() / len(features)
 
 
@@ -667,7 +668,7 @@ def fine_tune(
                     model.encoder, images, which, device=device, dtype=dtype, normalisation=normalisation
                 )
                 weight, bias = model.head.weight.detach(), model.head.bias.detach()
-                history[name].append(_loss_and_accuracy(weight.T, bias, features, len(classes)))
+                history[name].append(_loss_and_accuracy(weight, bias[:, None], features, len(classes)))
             except DivergedError:
                 history[name].append((np.array([math.nan]), np.array([0.0])))
     return model.eval(), _curves(history)
