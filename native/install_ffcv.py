@@ -105,10 +105,10 @@ def main() -> int:
     try:
         return install(arguments.mode, arguments.turbojpeg, arguments.force)
     except CannotBuildError as error:
-        print(f"FFCV was not built: {error}\n{WITHOUT_FFCV}", file=sys.stderr)
+        print(f"{error}\n{WITHOUT_FFCV}", file=sys.stderr)
         return EXIT_CANNOT_BUILD
     except BuildFailedError as error:
-        print(f"FFCV was not built: {error}\n{WITHOUT_FFCV}", file=sys.stderr)
+        print(f"{error}\n{WITHOUT_FFCV}", file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -121,7 +121,7 @@ def install(mode: str, turbojpeg: Path | None, force: bool) -> int:
     except CannotBuildError as error:
         if installed is None or force or mode != "auto":
             raise
-        say(f"FFCV {VERSION} is installed ({describe_record(installed)}); it could not be built anew: {error}")
+        say(f"FFCV {VERSION} is installed ({describe_record(installed)}); as before. {error}")
         return 0
     if installed is not None and not force and matches(installed, plans[0]):
         say(f"FFCV {VERSION} is installed already: {plans[0].describe()}.")
@@ -158,7 +158,7 @@ def possible_plans(mode: str, turbojpeg: Path | None) -> list[Plan]:
         if isinstance(system, Plan):
             plans.append(system)
         elif mode == "system":
-            raise CannotBuildError(system)
+            raise CannotBuildError(f"FFCV cannot be built against the system's OpenCV: {system}")
         else:
             say(f"Not building against the system's OpenCV: {system}")
     if mode != "system":
@@ -182,14 +182,20 @@ def working_compiler() -> str:
     candidates = [*shlex.split(configured)[:1], "g++", "c++", "clang++"]
     compiler = next((found for name in candidates if (found := shutil.which(name))), None)
     if compiler is None:
-        raise CannotBuildError(f"no C++ compiler was found (tried {', '.join(candidates)}).\n{apt_install('g++')}")
+        raise CannotBuildError(
+            f"FFCV cannot be built: no C++ compiler was found (tried {', '.join(candidates)}).\n{apt_install('g++')}"
+        )
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").is_file():
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        raise CannotBuildError(f"Python's own headers are missing ({include / 'Python.h'}).\n{apt_install(package)}")
+        raise CannotBuildError(
+            f"FFCV cannot be built: Python's own headers are missing ({include / 'Python.h'}).\n{apt_install(package)}"
+        )
     output = try_compile(compiler, "#include <Python.h>\n#include <vector>\n", [f"-I{include}"])
     if output is not None:
-        raise CannotBuildError(f"{compiler} does not compile a Python extension:\n{output}\n{apt_install('g++')}")
+        raise CannotBuildError(
+            f"FFCV cannot be built: {compiler} does not compile a Python extension:\n{output}\n{apt_install('g++')}"
+        )
     return compiler
 
 
@@ -306,7 +312,7 @@ def build(plan: Plan) -> None:
     command += ["--require-hashes", "--requirement", str(REQUIREMENT)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise BuildFailedError(f"pip says:\n{last_lines(result.stdout + result.stderr, 40)}")
+        raise BuildFailedError(f"FFCV could not be built, pip says:\n{last_lines(result.stdout + result.stderr, 40)}")
     built = time.monotonic()
     try:
         findings = verify(plan)
@@ -324,7 +330,8 @@ def verify(plan: Plan) -> dict[str, object]:
     """Run verify_ffcv.py in a process of its own and return its findings."""
     command = [sys.executable, str(HERE / "verify_ffcv.py"), *(["--jpeg"] if plan.jpeg else [])]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        environment = os.environ | {"TQDM_DISABLE": "1"}  # no progress bars among the errors
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     except subprocess.TimeoutExpired:
         raise BuildFailedError("FFCV was built, but its trial did not end within 600 s.") from None
     if result.returncode != 0:
