@@ -27,9 +27,7 @@ class RankError(RuntimeError):
     """A rank raised or died. The message holds its rank and its traceback."""
 
 
-def run_distributed(
-    function: Callable[..., Any], world_size: int, /, *args: Any, timeout: float = 120.0
-) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, /, *args: Any, timeout: float = 120.0) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` on every rank of a real gloo process group.
 
     The processes are started once and kept for the session, so that a call costs milliseconds after the
@@ -88,9 +86,7 @@ class _Pool:
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
 
-    def run(
-        self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             calls = [_Call(function, args, rank, world_size, timeout, folder) for rank in range(world_size)]
             # Pickled before anything is sent: an argument that does not pickle must leave no rank waiting.
@@ -144,9 +140,7 @@ class _Pool:
                 except EOFError:
                     process = self.workers[rank].process
                     process.join(timeout=10)
-                    raise RankError(
-                        f"rank {rank} of {world_size} died with exit code {process.exitcode}"
-                    ) from None
+                    raise RankError(f"rank {rank} of {world_size} died with exit code {process.exitcode}") from None
                 if not succeeded:
                     raise RankError(f"rank {rank} of {world_size} raised:\n{value}")
                 results[rank] = value
