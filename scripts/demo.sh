@@ -11,8 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 data=data/shapes
 run=results/demo
 prepare_data=(python -m data_prep shapes --output "$data")
-pretrain=(accelerate launch --config_file accelerate_configs/cpu.yaml train_simclr.py demo --output-dir "$run")
-probe=(python linear_probe.py --pretrained "$run/simclr_best_epoch.pt")
+pretrain=(accelerate launch --config_file accelerate_configs/cpu.yaml train_simclr.py demo --output "$run")
+probe=(python linear_probe.py --run "$run")
 
 scripts/setup.sh
 activate
@@ -23,4 +23,4 @@ stage "pretraining: ${pretrain[*]} $*"
 "${pretrain[@]}" "$@"
 stage "linear probe: ${probe[*]}"
 "${probe[@]}"
-stage "done. The report: $run/report.md and $run/report.html"
+stage "done. The report: $run/probe-linear/report.html (and report.md beside it)"
