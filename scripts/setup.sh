@@ -57,10 +57,10 @@ as_root() {
 # Installs the named packages, or says that they are missing and ends.
 install_packages() {
     if ! can_install_packages; then
-        echo "Missing on this machine, and cannot be installed without root rights:" >&2
-        echo "    sudo apt-get install $*" >&2
-        echo "(names for Debian and Ubuntu; elsewhere: Python 3.11 to 3.14 with its venv module and headers, and a" >&2
-        fail "C++ compiler). Then run this again. No compiler is needed with: scripts/setup.sh --without-ffcv"
+        fail "missing on this machine, and not to be installed without root rights:
+    sudo apt-get install $*
+These are Debian's and Ubuntu's names; elsewhere: Python 3.11 to 3.14 with its venv module and headers, and a C++
+compiler. Then run this again. Neither headers nor compiler are needed with: scripts/setup.sh --without-ffcv"
     fi
     stage "installing system packages: $*"
     quietly as_root apt-get update
