@@ -517,7 +517,8 @@ def _three(values: tuple[float, float, float]) -> str:
     return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run :func:`main` with the options of the command line."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
             f"linear_probe.py runs in one process, but {os.environ['WORLD_SIZE']} were started. Use: "
@@ -527,3 +528,7 @@ if __name__ == "__main__":
         main(tyro.cli(ProbeConfig, description=__doc__))
     except ValueError as error:  # what the user can put right; anything else keeps its traceback
         sys.exit(f"linear_probe.py: {error}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -260,9 +260,8 @@ def draw_pretraining(metrics: Sequence[Mapping[str, Any]], loss_name: str) -> Fi
     """Return pretraining's loss, validation kNN accuracy and learning rate against epochs."""
     steps = [line for line in metrics if line["kind"] == "step" and line["loss"] is not None]
     measured = [line for line in metrics if line["kind"] == "knn" and line["knn_accuracy"] is not None]
-    panels: list[tuple[str, str, list[Any]]] = [(f"{loss_name} loss", "loss", steps)]
-    if loss_name == "nt_xent":
-        panels = [("nt_xent loss (nats)", "loss", steps)]
+    unit = " (nats)" if loss_name == "nt_xent" else ""
+    panels: list[tuple[str, str, list[Any]]] = [(f"{loss_name} loss{unit}", "loss", steps)]
     if measured:
         panels.append(("kNN accuracy, validation (%)", "knn_accuracy", measured))
     panels.append(("Learning rate", "learning_rate", steps))
@@ -328,8 +327,8 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figu
     matrix.spines[:].set_visible(False)
     if named:
         for i, j in np.ndindex(c, c):
-            if percent[i, j] >= 0.5:
-                colour = "white" if percent[i, j] > 55 else "black"
+            if round(percent[i, j]) >= 1:
+                colour = "white" if percent[i, j] > 62 else "black"
                 matrix.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=9, color=colour)
 
     recall = np.diag(percent)
@@ -538,9 +537,8 @@ def _say_protocol(result: ProbeResult) -> list[Block]:
     config, facts = result.config, result.train_facts
     num_validation = facts.num_images - result.num_fit
     points = [
-        f"{num_validation:,} of the {facts.num_images:,} training images are held out to choose on (always the same "
-        f"ones for a file of this size). Pretraining saw them without labels; its best epoch was chosen by kNN on the "
-        f"same split if its num_validation was the same (it was {result.pretraining.num_validation:,}).",
+        f"{num_validation:,} of the {facts.num_images:,} training images are held out to choose on, always the same "
+        f"ones for a file of this size. {_say_checkpoint(result)}",
         f"Each of the {len(result.trials)} pairs of learning rate and weight decay was fitted on the other "
         f"{result.num_fit:,}. The highest validation accuracy after the last epoch decides; then the lower validation "
         "loss; then the order of the candidates. Each representation in the table chose for itself.",
@@ -574,6 +572,22 @@ def _say_protocol(result: ProbeResult) -> list[Block]:
     return [Heading(2, "Protocol"), Bullets(tuple(points))]
 
 
+def _say_checkpoint(result: ProbeResult) -> str:
+    """Return how the checkpoint came about, and which images had a say in it."""
+    if result.pretraining_knn is None:
+        return "The checkpoint was not chosen by accuracy: pretraining did not measure kNN."
+    here, there = result.train_facts, result.pretraining_facts
+    num_validation = here.num_images - result.num_fit
+    if here.content_sha256 == there.content_sha256 and result.pretraining.num_validation == num_validation:
+        return (
+            "Pretraining saw them without labels, and measured kNN accuracy on the same ones to choose its best epoch."
+        )
+    return (
+        f"The pretraining's best epoch was chosen by kNN accuracy on {result.pretraining.num_validation:,} of its own "
+        f"{there.num_images:,} training images."
+    )
+
+
 def _say_data(result: ProbeResult) -> list[Block]:
     train, test = result.train_facts, result.test_facts
     rows: list[tuple[str, ...]] = [
@@ -582,7 +596,7 @@ def _say_data(result: ProbeResult) -> list[Block]:
         ("images", f"{train.num_images:,}", f"{test.num_images:,}"),
         ("size", f"{train.height} x {train.width} pixels", f"{test.height} x {test.width} pixels"),
         ("stored as", _storage(train), _storage(test)),
-        ("compressed with loss before", *("yes (JPEG or alike)" if f.lossy_source else "no" for f in (train, test))),
+        ("lossy before conversion", *("yes (JPEG or alike)" if f.lossy_source else "no" for f in (train, test))),
         ("classes", f"{train.num_classes}", f"{test.num_classes}"),
         ("images per class", _range(train.class_counts), _range(test.class_counts)),
         ("content SHA-256", f"`{train.content_sha256}`", f"`{test.content_sha256}`"),
@@ -622,24 +636,28 @@ def _say_probe(result: ProbeResult) -> list[Block]:
         ("precision of the encoder", config.precision),
     ]
     title = "Linear classifier" if is_linear else "Fine-tuning"
-    best = result.chosen
+    by_candidate = {trial.candidate: trial for trial in result.trials}
+
+    def cell(candidate: Candidate) -> str:
+        trial = by_candidate[candidate]
+        if not math.isfinite(trial.loss):
+            return "diverged"
+        return f"**{trial.accuracy:.2f}**" if candidate == result.chosen else f"{trial.accuracy:.2f}"
+
     trials = tuple(
-        (
-            f"{'**' if trial.candidate == best else ''}{trial.candidate.learning_rate:g}"
-            f"{'** (chosen)' if trial.candidate == best else ''}",
-            f"{trial.candidate.weight_decay:g}",
-            f"{trial.accuracy:.2f}",
-            f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "diverged",
-        )
-        for trial in result.trials
+        (f"{rate:g}", *(cell(Candidate(rate, decay)) for decay in config.weight_decays))
+        for rate in config.learning_rates
     )
     blocks: list[Block] = [
         Heading(2, f"{title}: hyperparameters and augmentation"),
         Table(("", "value"), tuple(rows), numeric=False),
-        Paragraph("The candidates, measured on the validation images after the last epoch:"),
-        Table(("learning rate", "weight decay", "accuracy in %", "loss (nats)"), trials),
+        Paragraph(
+            "Validation accuracy in percent of each candidate after the last epoch, with the chosen one in bold "
+            f"(losses: `{RESULT}`):"
+        ),
+        Table(("learning rate", *(f"weight decay {decay:g}" for decay in config.weight_decays)), trials),
     ]
-    if edge := at_edge(config, best):
+    if edge := at_edge(config, result.chosen):
         blocks.append(Paragraph(edge))
     return blocks
 
@@ -705,7 +723,15 @@ def _say_how(result: ProbeResult) -> list[Block]:
     environment = result.environment
     manifest = result.pretraining_manifest or {}
     before = manifest.get("environment", {})
-    commands = [before["command"]] if "command" in before else []
+    prepare = next(
+        (command for name, command in _CONVERSIONS.items() if result.train_facts.source.startswith(name)), ""
+    )
+    commands = [prepare] if prepare else []
+    if "command" in before:
+        world_size = manifest.get("derived", {}).get("world_size", 1)
+        launch = "python" if world_size == 1 else f"accelerate launch --num_processes {world_size}"
+        commands.append(f"{launch} {before['command']}")
+    commands.append(f"python {environment['command']}")
     rows = [("", "pretraining", "evaluation")]
     for name, key in (("commit", "commit"), ("hardware", "hardware"), ("platform", "platform"), ("date", "date")):
         rows.append((name, str(before.get(key, "–")), str(environment.get(key, "–"))))
@@ -715,7 +741,7 @@ def _say_how(result: ProbeResult) -> list[Block]:
     return [
         Heading(2, "How to repeat it"),
         Paragraph("The commands, in order:"),
-        Code("\n".join([*commands, environment["command"]])),
+        Code("\n".join(commands)),
         Table(rows[0], tuple(rows[1:]), numeric=False),
         Paragraph(f"Time of the evaluation: {took}."),
         Paragraph(
@@ -725,12 +751,20 @@ def _say_how(result: ProbeResult) -> list[Block]:
     ]
 
 
+_CONVERSIONS = {
+    "built-in shapes": "python -m data_prep shapes",
+    "CIFAR-100": "python -m data_prep cifar100",
+    "CIFAR-10": "python -m data_prep cifar10",
+    "STL-10": "python -m data_prep stl10",
+}
+
+
 def _data_name(facts: Facts) -> str:
     return facts.source.split(",")[0].strip()
 
 
 def _is_demonstration(facts: Facts) -> bool:
-    return "shapes" in facts.source
+    return facts.source.startswith("built-in shapes")
 
 
 def _storage(facts: Facts) -> str:
