@@ -75,7 +75,7 @@ def main(config: ProbeConfig) -> Path:
         if config.baselines:
             if task.pixels_fit:
                 rows.append(said(measure_pixels(task)))
-            rows.append(said(measure_encoder(task, "untrained encoder", untrained_encoder(task)).row))
+            rows.append(said(measure_encoder(task, "untrained encoder", untrained_encoder(pretrained)).row))
         measured = measure_encoder(task, "pretrained encoder", pretrained.model.encoder)
         rows.append(said(measured.row))
         pairs = picture_views(task)
@@ -442,10 +442,11 @@ def scores_of(curves: dict[str, Curve], chosen: Candidate) -> Scores:
     return Scores(**accuracy, **loss, chosen=chosen)
 
 
-def untrained_encoder(task: Task) -> nn.Module:
+def untrained_encoder(pretrained: Pretrained) -> nn.Module:
     """Return the pretrained encoder as it was before its first step: same architecture, same seed."""
-    torch.manual_seed(task.pretrained.config.seed)
-    return SimCLR(task.pretrained.config.model, task.pretrained.facts.height).encoder.to(task.device).eval()
+    device = next(pretrained.model.parameters()).device
+    torch.manual_seed(pretrained.config.seed)
+    return SimCLR(pretrained.config.model, pretrained.facts.height).encoder.to(device).eval()
 
 
 def confusion_matrix(label: Tensor, predicted: Tensor, classifier: Classifier) -> NDArray[np.int64]:

@@ -1,0 +1,350 @@
+"""The evaluation from end to end: what chooses, what is saved, what is reported, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import linear_probe
+from simclr import beton, checkpoint, evaluation
+from simclr.config import ProbeConfig, TrainConfig, to_json
+from simclr.data import validation_split
+from simclr.models import ModelConfig, SimCLR
+
+SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
+CLASSES = ("red", "green", "blue")
+MODEL = ModelConfig(encoder="small_resnet_w4", projector_hidden=8, projection_dim=4)
+RATES, DECAYS = (0.01, 0.1, 0.3), (0.0, 1e-3)
+
+
+def coloured(n: int, seed: int, classes: int = 3) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Noise with a faint colour that tells the class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    images = rng.normal(128, 50, (n, SIDE, SIDE, 3)) + 12 * np.eye(3)[labels % 3][:, None, None]
+    return images.clip(0, 255).astype(np.uint8), labels
+
+
+def write(path: Path, n: int, seed: int, **changes: Any) -> beton.Facts:
+    images, labels = coloured(n, seed)
+    return beton.write(path, images, changes.pop("labels", labels), **{"classes": CLASSES, **changes})
+
+
+def write_run(folder: Path, data: Path, facts: beton.Facts) -> None:
+    """A run as pretraining leaves it; its encoder is a random one with used batch normalisation."""
+    folder.mkdir()
+    config = TrainConfig(data=data, model=MODEL, seed=5, num_validation=NUM_VALIDATION, epochs=2, global_batch_size=32)
+    torch.manual_seed(6)
+    model = SimCLR(MODEL, SIDE)
+    model.train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(16, 3, SIDE, SIDE))
+    payload = checkpoint.model_payload(
+        model=model,
+        config=to_json(config),
+        facts=to_json(facts),
+        step=6,
+        epoch=2,
+        knn_accuracy=41.5,
+        best_knn_accuracy=41.5,
+    )
+    checkpoint.save_atomically(folder / checkpoint.BEST, payload)
+    lines: list[dict[str, Any]] = [
+        {"kind": "step", "step": s, "epoch": s / 3, "loss": 3 - s / 6, "learning_rate": 0.1, "seconds": s}
+        for s in range(1, 7)
+    ]
+    lines.append({"kind": "knn", "step": 6, "epoch": 2, "knn_accuracy": 41.5, "seconds": 7})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    environment = {
+        "commit": "0123abc",
+        "command": "train_simclr.py tiny --seed 5",
+        "hardware": "an abacus",
+        "versions": {},
+    }
+    (folder / "manifest.json").write_text(json.dumps({"environment": environment}))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/train.beton, data/test.beton and a pretraining run."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "data").mkdir()
+    facts = write(place / "data" / "train.beton", NUM_TRAIN, seed=0)
+    write(place / "data" / "test.beton", NUM_TEST, seed=1, split="test")
+    write_run(place / "run", place / "data" / "train.beton", facts)
+    return place
+
+
+def settings(place: Path, output: Path, **changes: Any) -> ProbeConfig:
+    defaults: dict[str, Any] = {
+        "learning_rates": RATES,
+        "weight_decays": DECAYS,
+        "epochs": 5,
+        "batch_size": 32,
+        "num_validation": NUM_VALIDATION,
+        "knn_neighbours": 5,
+        "loader": "memory",
+    }
+    return ProbeConfig(run=place / "run", output=output, **{**defaults, **changes})
+
+
+def numbers(report: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"probe.json holds {constant}, which is no JSON")
+
+    result: dict[str, Any] = json.loads((report.parent / "probe.json").read_text(), parse_constant=refuse)
+    return result
+
+
+@pytest.fixture(scope="module")
+def outcome(place: Path) -> Path:
+    """The report of the standard evaluation."""
+    return linear_probe.main(settings(place, place / "out"))
+
+
+def test_everything_that_was_promised_is_written(outcome: Path) -> None:
+    promised = {"simclr_lin_best.pt", "probe.json", "report.md", "report.html"}
+    promised |= {f"{name}.png" for name in ("curves", "confusion", "pairs", "pretraining")}
+    assert {path.name for path in outcome.parent.iterdir()} == promised
+
+
+def test_all_three_representations_are_measured(outcome: Path) -> None:
+    rows = numbers(outcome)["rows"]
+    assert [row["name"] for row in rows] == ["raw pixels", "untrained encoder", "pretrained encoder"]
+    assert [row["width"] for row in rows] == [3 * SIDE * SIDE, 16, 16]
+    for row in rows:
+        assert 0 < row["knn_test"] <= 100
+        assert row["classifier"]["test"] > 100 / 3  # the colour tells the class, and every one of them sees it
+    assert rows[1]["classifier"] != rows[2]["classifier"]
+
+
+def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(place: Path, outcome: Path) -> None:
+    result = numbers(outcome)
+    classifier = evaluation.load_classifier(outcome.parent)
+    assert classifier.classes == CLASSES
+    for split, n in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        images, labels = beton.read(place / "data" / f"{split}.beton")
+        with torch.no_grad():
+            predicted = classifier(torch.from_numpy(images)).argmax(dim=1).numpy()
+        accuracy = 100 * np.mean(predicted == labels)
+        assert result["rows"][-1]["classifier"][split] == pytest.approx(accuracy, abs=100 / n + 1e-9)  # one near tie
+    confusion = np.zeros((3, 3), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    assert np.abs(np.array(result["confusion"]) - confusion).sum() <= 2
+    assert np.trace(result["confusion"]) / NUM_TEST == pytest.approx(result["test_accuracy"] / 100)
+
+
+def test_the_encoder_in_the_file_is_the_pretrained_one(place: Path, outcome: Path) -> None:
+    pretrained = checkpoint.load_pretrained(place / "run")
+    saved = evaluation.load_classifier(outcome.parent)
+    before = evaluation.fingerprint(pretrained.model.encoder)
+    assert evaluation.fingerprint(saved.encoder) == before
+    assert numbers(outcome)["encoder_sha256"] == evaluation.combined_sha256(before)
+    assert numbers(outcome)["encoder_sha256"] in outcome.read_text()
+
+
+def test_an_encoder_that_moves_during_the_probe_stops_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = linear_probe.choose_and_fit
+
+    def meddling(task: linear_probe.Task, *arguments: Any) -> linear_probe.Fitted:
+        next(task.pretrained.model.encoder.buffers()).add_(1e-3)
+        return honest(task, *arguments)
+
+    monkeypatch.setattr(linear_probe, "choose_and_fit", meddling)
+    with pytest.raises(RuntimeError, match="not frozen"):
+        linear_probe.main(settings(place, tmp_path, baselines=False))
+    assert not (tmp_path / evaluation.CLASSIFIER).exists()
+
+
+def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path) -> None:
+    pretrained = checkpoint.load_pretrained(place / "run")
+    torch.manual_seed(5)  # the run's seed
+    expected = SimCLR(MODEL, SIDE).encoder
+    assert evaluation.fingerprint(linear_probe.untrained_encoder(pretrained)) == evaluation.fingerprint(expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"features": "augmented"}, {"mode": "finetune", "epochs": 2}],
+    ids=["cached", "augmented", "finetune"],
+)
+def test_the_test_set_chooses_nothing(place: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    images, labels = beton.read(place / "data" / "test.beton")
+    shuffled = np.random.default_rng(3).permutation(labels)
+    beton.write(tmp_path / "shuffled.beton", images, shuffled, classes=CLASSES, split="test")
+    reports = [
+        linear_probe.main(settings(place, tmp_path / name, test=test, baselines=False, **changes))
+        for name, test in (("true", None), ("false", tmp_path / "shuffled.beton"))
+    ]
+    true, false = (numbers(report) for report in reports)
+    assert true["test_accuracy"] != false["test_accuracy"]
+    assert true["trials"] == false["trials"]
+    assert true["rows"][0]["classifier"]["chosen"] == false["rows"][0]["classifier"]["chosen"]
+    weights = [evaluation.fingerprint(evaluation.load_classifier(report.parent)) for report in reports]
+    assert weights[0] == weights[1]
+
+
+def test_validation_labels_choose_but_do_not_train(place: Path, tmp_path: Path, outcome: Path) -> None:
+    """Other validation labels change the trials' accuracies, and no weight of the fit that they measure."""
+    images, labels = beton.read(place / "data" / "train.beton")
+    _, validation = validation_split(NUM_TRAIN, NUM_VALIDATION)
+    labels[validation] = (labels[validation] + 1) % 3
+    beton.write(tmp_path / "train.beton", images, labels, classes=CLASSES)
+    config = settings(place, tmp_path / "out", train=tmp_path / "train.beton", test=place / "data" / "test.beton")
+    other = numbers(linear_probe.main(dataclasses.replace(config, baselines=False)))
+    before = numbers(outcome)
+    assert [t["accuracy"] for t in other["trials"]] != [t["accuracy"] for t in before["trials"]]
+    # the highest validation accuracy was chosen, as listed
+    for result in (other, before):
+        best = max(result["trials"], key=lambda trial: (trial["accuracy"], -trial["loss"]))
+        assert result["rows"][-1]["classifier"]["chosen"] == best["candidate"]
+        assert result["rows"][-1]["classifier"]["validation"] == best["accuracy"]
+
+
+def test_augmented_features_give_another_classifier_and_the_same_knn(
+    place: Path, tmp_path: Path, outcome: Path
+) -> None:
+    other = numbers(linear_probe.main(settings(place, tmp_path, features="augmented", baselines=False)))
+    before = numbers(outcome)["rows"][-1]
+    assert other["rows"][0]["knn_test"] == before["knn_test"]
+    assert other["rows"][0]["classifier"]["train_loss"] != before["classifier"]["train_loss"]
+    assert "crop 0.5 to 1 of the area" in (tmp_path / "report.md").read_text()
+
+
+def test_fine_tuning_saves_the_whole_tuned_model(place: Path, tmp_path: Path) -> None:
+    report = linear_probe.main(settings(place, tmp_path, mode="finetune", epochs=3, learning_rates=(0.05,)))
+    result = numbers(report)
+    assert [row["classifier"] is None for row in result["rows"]] == [True, False, False]
+    assert result["encoder_sha256"] is None
+    pretrained = checkpoint.load_pretrained(place / "run")
+    tuned = evaluation.load_classifier(report.parent)
+    assert evaluation.fingerprint(tuned.encoder) != evaluation.fingerprint(pretrained.model.encoder)
+    images, labels = beton.read(place / "data" / "test.beton")
+    with torch.no_grad():
+        right = (tuned(torch.from_numpy(images)).argmax(dim=1).numpy() == labels).mean()
+    assert result["test_accuracy"] == pytest.approx(100 * right, abs=100 / NUM_TEST + 1e-9)
+
+
+def test_the_console_shows_all_numbers_and_the_report(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = linear_probe.main(settings(place, tmp_path))
+    said = capsys.readouterr().out
+    assert str(report) in said
+    assert "120 training images = 80 to fit + 40 to choose on" in said
+    assert "3 learning rates x 2 weight decays = 6" in said
+    for row in numbers(report)["rows"]:
+        line = next(line for line in said.splitlines()[-9:] if line.startswith(row["name"]))
+        scores = row["classifier"]
+        values = (row["knn_validation"], row["knn_test"], scores["train"], scores["validation"], scores["test"])
+        assert [f"{value:.2f}" for value in values] == line.split()[-5:]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Refusals, each before anything is computed or written
+
+
+def refused(config: ProbeConfig, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        linear_probe.main(config)
+    assert config.output is not None
+    assert not config.output.exists()
+
+
+def test_a_missing_or_wrong_run_is_refused(place: Path, tmp_path: Path) -> None:
+    config = settings(place, tmp_path / "out")
+    refused(dataclasses.replace(config, run=tmp_path / "none"), "no checkpoint at .*none")
+    refused(dataclasses.replace(config, run=place / "data"), "holds no simclr_best_epoch.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    refused(dataclasses.replace(config, run=tmp_path / "junk.pt"), "junk.pt is damaged or no checkpoint")
+
+
+def test_a_classifier_is_no_pretrained_encoder(place: Path, tmp_path: Path, outcome: Path) -> None:
+    config = settings(place, tmp_path / "out")
+    refused(dataclasses.replace(config, run=outcome.parent / evaluation.CLASSIFIER), "is no pretrained model")
+
+
+def test_missing_images_are_named_with_the_option(place: Path, tmp_path: Path) -> None:
+    refused(settings(place, tmp_path / "out", train=tmp_path / "a.beton"), r"a\.beton is not there; .*--train")
+    refused(settings(place, tmp_path / "out", test=tmp_path / "b.beton"), r"no test images at .*b\.beton.*--test")
+
+
+def test_a_training_file_that_changed_since_pretraining_is_refused_until_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data" / "train.beton"
+    write_run(tmp_path / "run", data, write(data, NUM_TRAIN, seed=0))
+    write(data, NUM_TRAIN, seed=2)
+    write(tmp_path / "data" / "test.beton", NUM_TEST, seed=1)
+    refused(settings(tmp_path, tmp_path / "out"), "is not the file that was pretrained on.*name it with --train")
+    report = linear_probe.main(settings(tmp_path, tmp_path / "out", train=data, baselines=False))
+    assert "Transfer: measured on other images than pretrained on" in report.read_text()
+
+
+def test_data_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> None:
+    out, train = tmp_path / "out", place / "data" / "train.beton"
+    images, labels = coloured(NUM_TEST, seed=1)
+    beton.write(tmp_path / "small.beton", images[:, :8, :8].copy(), labels, classes=CLASSES)
+    refused(settings(place, out, test=tmp_path / "small.beton"), r"8 x 8 pixels, but .* pretrained on 16 x 16.*--test")
+    labels[::2] = -1
+    beton.write(tmp_path / "half.beton", images, labels, classes=CLASSES)
+    refused(settings(place, out, test=tmp_path / "half.beton"), r"has 30 images without a label.*--test")
+    write(tmp_path / "renamed.beton", NUM_TEST, seed=1, classes=("red", "green", "cyan"))
+    refused(settings(place, out, test=tmp_path / "renamed.beton"), r"classes differ.*'blue'.*'cyan'")
+    refused(settings(place, out, test=train), "holds the same images")
+
+
+def test_settings_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> None:
+    refused(settings(place, tmp_path / "out", num_validation=118), r"leaves 2 of the 120.*at most 115")
+    refused(settings(place, tmp_path / "out", num_validation=500), r"num_validation 500 leaves -380")
+    with pytest.raises(ValueError, match=r"learning_rates is .* expected all > 0"):
+        settings(place, tmp_path, learning_rates=(0.1, 0.0))
+    with pytest.raises(ValueError, match="momentum is 1"):
+        settings(place, tmp_path, momentum=1.0)
+
+
+def test_the_candidates_depend_on_the_mode() -> None:
+    linear, tuned = (ProbeConfig(run=Path("r"), mode=mode) for mode in ("linear", "finetune"))
+    assert len(linear.learning_rates) * len(linear.weight_decays) == 24
+    assert tuned.learning_rates != linear.learning_rates
+    assert ProbeConfig(run=Path("r"), learning_rates=(0.5,)).learning_rates == (0.5,)
+
+
+def test_the_command_line_refuses_unknown_options_and_says_what_is_wrong(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["linear_probe.py", "--run", str(place / "run"), "--epoch", "3"])
+    with pytest.raises(SystemExit) as stop:
+        linear_probe.cli()
+    assert stop.value.code not in (0, None)
+    assert "--epoch" in "".join(capsys.readouterr())
+    monkeypatch.setattr("sys.argv", ["linear_probe.py", "--run", str(place / "nowhere")])
+    with pytest.raises(SystemExit, match=r"no checkpoint at .*nowhere"):
+        linear_probe.cli()
+
+
+def test_several_processes_are_told_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["linear_probe.py", "--run", "results/a b"])
+    with pytest.raises(
+        SystemExit, match=r"one process, but 2 were started\. Use: python linear_probe\.py --run 'results/a b'"
+    ):
+        linear_probe.cli()
+
+
+def test_pixels_too_large_to_hold_are_left_out_aloud(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(linear_probe, "LARGEST_PIXEL_FEATURES", 1000)
+    result = numbers(linear_probe.main(settings(place, tmp_path)))
+    assert [row["name"] for row in result["rows"]] == ["untrained encoder", "pretrained encoder"]
+    assert "raw pixels are left out" in capsys.readouterr().out
