@@ -504,9 +504,9 @@ def _sample_crops(
 
     central_height, central_width = height, width
     if width / height < spec.crop_ratio[0]:
-        central_height = round(width / spec.crop_ratio[0])
+        central_height = max(1, round(width / spec.crop_ratio[0]))
     elif width / height > spec.crop_ratio[1]:
-        central_width = round(height * spec.crop_ratio[1])
+        central_width = max(1, round(height * spec.crop_ratio[1]))
     none_fits = ~fits.any(axis=1)
     crop_height[none_fits], crop_width[none_fits] = central_height, central_width
     top[none_fits], left[none_fits] = (height - central_height) // 2, (width - central_width) // 2
