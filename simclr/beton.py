@@ -477,9 +477,11 @@ class Writer:
     ) -> None:
         if sys.platform == "win32":
             self._file.close()
+        # Neither may hide the error that led here, such as a full disk.
         if not self._committed:  # removed while the lock is held: the next partial file may be another process's
-            self._partial.unlink(missing_ok=True)
-        with suppress(OSError):  # a full disk must not hide the error that says so
+            with suppress(OSError):
+                self._partial.unlink()
+        with suppress(OSError):
             self._file.close()
 
     def add(self, images: NDArray[np.uint8], labels: ArrayLike) -> None:
@@ -496,9 +498,7 @@ class Writer:
             raise BetonError(f"{self.path} holds JPEG streams; use add_jpeg")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self._shape:
             raise BetonError(f"expected uint8 images of shape (m, *{self._shape}), got {images.dtype} {images.shape}")
-        flat = np.ascontiguousarray(images).reshape(len(images), math.prod(self._shape))
-        self._digest.update(flat.data)
-        self._append(list(flat), labels)
+        self._append(list(images.reshape(len(images), math.prod(self._shape))), labels)
 
     def add_jpeg(self, streams: Sequence[bytes], labels: ArrayLike) -> None:
         """Appends JPEG streams.
@@ -512,8 +512,6 @@ class Writer:
         """
         if self._encoding != "jpeg":
             raise BetonError(f"{self.path} holds raw images; use add")
-        for stream in streams:
-            _digest_stream(self._digest, stream)
         self._append([np.frombuffer(stream, np.uint8) for stream in streams], labels)
 
     def _append(self, samples: list[NDArray[np.uint8]], labels: ArrayLike) -> None:
@@ -529,6 +527,7 @@ class Writer:
                 raise BetonError(f"{self.path}: image {i} has {size} bytes; 1 to {self._page_size} are possible")
             if self._page_used + size > self._page_size:
                 self._write_page()
+            _digest_sample(self._digest, sample, self._encoding)
             self._page[self._page_used : self._page_used + size] = sample
             self._metadata["offset"][i] = self._next_page + self._page_used
             self._sizes[i] = size
@@ -756,11 +755,8 @@ def describe(path: PathLike, **about: Unpack[About]) -> Facts:
     for samples in _chunks(path, layout):
         pixels = np.empty((len(samples), *shape), np.uint8)
         _decode(path, layout, samples, start, out=pixels)
-        if isinstance(samples, np.ndarray):
-            digest.update(samples.data)
-        else:
-            for stream in samples:
-                _digest_stream(digest, stream)
+        for sample in samples:
+            _digest_sample(digest, sample, layout.encoding)
         flat = pixels.reshape(len(pixels), math.prod(shape))
         total += flat.sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
         squares += np.square(flat, dtype=np.uint16).sum(axis=0, dtype=np.int64).reshape(-1, 3).sum(axis=0)
@@ -934,9 +930,10 @@ def _content_digest(encoding: str, num_images: int, height: int, width: int) -> 
     return hashlib.sha256(f"{encoding} {num_images} {height} {width}\n".encode())
 
 
-def _digest_stream(digest: hashlib._Hash, stream: bytes) -> None:
-    digest.update(len(stream).to_bytes(8, "little"))  # so that no byte can move from one stream to the next
-    digest.update(stream)
+def _digest_sample(digest: hashlib._Hash, sample: bytes | NDArray[np.uint8], encoding: Encoding) -> None:
+    if encoding == "jpeg":  # so that no byte can move from one stream to the next
+        digest.update(len(sample).to_bytes(8, "little"))
+    digest.update(sample if isinstance(sample, bytes) else sample.data)
 
 
 def file_sha256(path: PathLike) -> str:
