@@ -59,7 +59,8 @@ def main(config: ProbeConfig) -> Path:
     # What was pretrained, and the images to measure it on
     pretrained = load_pretrained(config.run, device)
     train_path, test_path = data_paths(config, pretrained)
-    output = config.output or pretrained.path.parent / f"probe-{config.mode}"
+    kind = "linear-augmented" if config.mode == "linear" and config.features == "augmented" else config.mode
+    output = config.output or pretrained.path.parent / f"probe-{kind}"
     with (
         open_images(train_path, backend=config.loader, device=device) as train,
         open_images(test_path, backend=config.loader, device=device) as test,
@@ -264,6 +265,8 @@ def say_start(task: Task, output: Path, notes: list[str]) -> None:
         f"{len(task.candidates)}, {config.epochs} epochs each ({config.mode})"
     )
     print(f"device:     {task.device} ({runlog.hardware()}), {config.precision}\noutput:     {output}")
+    if (output / report.RESULT).exists():
+        print("note:       replaces the earlier evaluation there")
     for note in notes:
         print(f"note:       {note}")
     if config.baselines and not task.pixels_fit:

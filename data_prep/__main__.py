@@ -108,6 +108,37 @@ def _require_same_classes(sources: dict[str, Source]) -> None:
             raise ConversionError(f"the classes of {first} and {split} differ: {', '.join(only[:10])} are in one only")
 
 
+def shapes(
+    output: Path = Path("data/shapes"),
+    seed: int = 0,
+    num_train: int = 20_000,
+    num_test: int = 4_000,
+    preview: Path | None = None,
+    storage: Stored = _AS_IT_IS,
+) -> None:
+    """The built-in demonstration: 32 x 32 images of ten kinds of shape, drawn from a seed. Needs no download.
+
+    Args:
+        output: Folder for train.beton and test.beton.
+        seed: Another seed gives other images.
+        num_train: Number of training images. A larger set begins with the smaller one.
+        num_test: Number of test images.
+        preview: Also write a picture of some training images to this PNG file.
+        storage: How to store the images.
+    """
+    from data_prep import shapes as built_in
+
+    sources = [built_in.shapes(seed, "train", num_train), built_in.shapes(seed, "test", num_test)]
+    for source in sources:
+        convert(source, output / f"{source.split}.beton", storage)
+    if preview is not None:
+        try:
+            built_in.preview(seed).save(preview)
+        except (OSError, ValueError) as error:  # Pillow answers an unknown ending with ValueError
+            raise ConversionError(f"cannot write {preview}: {error}") from error
+        print(f"{preview}: written")
+
+
 def inspect(file: tyro.conf.Positional[Path], verify: bool = False) -> None:
     """Prints the facts about a .beton file, after checking that they belong to it.
 
@@ -156,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cifar100": cifar100,
         "stl10": stl10,
         "imagefolder": imagefolder,
+        "shapes": shapes,
         "inspect": inspect,
         "sidecar": sidecar,
     }

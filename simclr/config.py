@@ -188,7 +188,8 @@ class ProbeConfig:
     """Test images. Default: test.beton beside the training file."""
 
     output: Path | None = None
-    """Where simclr_lin_best.pt, the figures and the report go. Default: the run's folder, under probe-<mode>."""
+    """Where simclr_lin_best.pt, the figures and the report go. Default: in the run's folder, probe-linear,
+    probe-linear-augmented or probe-finetune."""
 
     mode: Literal["linear", "finetune"] = "linear"
     """linear: the encoder stays frozen, which is proven. finetune: it is trained too, from the pretrained weights."""

@@ -37,6 +37,7 @@ _SPLIT_COLOURS = {"train": _BLUE, "validation": _GREEN, "test": _ORANGE}
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 11,
+    "text.parse_math": False,  # class names may hold dollar signs
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -306,7 +307,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figu
     size = max(3.0, 0.5 * c if named else 0.11 * c)
     figure = Figure(figsize=(size + 4.6, size + 1.4), layout="constrained")
     matrix, bars = figure.subplots(1, 2, width_ratios=[size, 2.6], sharey=True)
-    font = 10 if named else max(4.0, min(8.0, 72 * 0.11 * 0.75))
+    font = 10 if named else 6
 
     matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     matrix.grid(visible=False)

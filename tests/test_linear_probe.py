@@ -83,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def settings(place: Path, output: Path, **changes: Any) -> ProbeConfig:
+def settings(place: Path, output: Path | None, **changes: Any) -> ProbeConfig:
     defaults: dict[str, Any] = {
         "learning_rates": RATES,
         "weight_decays": DECAYS,
@@ -102,6 +102,25 @@ def numbers(report: Path) -> dict[str, Any]:
 
     result: dict[str, Any] = json.loads((report.parent / "probe.json").read_text(), parse_constant=refuse)
     return result
+
+
+def test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = write(tmp_path / "train.beton", NUM_TRAIN, seed=0)
+    write(tmp_path / "test.beton", NUM_TEST, seed=1)
+    write_run(tmp_path / "run", tmp_path / "train.beton", facts)
+    runs: list[tuple[dict[str, Any], bool]] = [
+        ({}, False),
+        ({"features": "augmented"}, False),
+        ({"mode": "finetune", "learning_rates": (0.1,)}, False),
+        ({}, True),
+    ]
+    for changes, replaces in runs:
+        linear_probe.main(settings(tmp_path, None, baselines=False, epochs=1, **changes))
+        assert ("replaces the earlier evaluation" in capsys.readouterr().out) == replaces
+    folders = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert folders == {"probe-linear", "probe-linear-augmented", "probe-finetune"}
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +259,7 @@ def test_the_console_shows_all_numbers_and_the_report(
 ) -> None:
     report = linear_probe.main(settings(place, tmp_path))
     said = capsys.readouterr().out
+    assert "replaces" not in said
     assert str(report) in said
     assert "120 training images = 80 to fit + 40 to choose on" in said
     assert "3 learning rates x 2 weight decays = 6" in said

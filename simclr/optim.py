@@ -1,0 +1,183 @@
+"""Optimizers, which parameters they decay, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from simclr.config import OptimizerConfig
+
+
+def learning_rate_at(
+    step: int, *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
+) -> float:
+    """Return the learning rate of optimizer step ``step``: linear warm-up, then a cosine.
+
+    Args:
+        step: From 0 to ``total_steps - 1``.
+        peak: Learning rate at the end of the warm-up.
+        total_steps: Steps of the whole run.
+        warmup_steps: The rate is ``peak * (step + 1) / warmup_steps`` for this many steps.
+        final_fraction: The cosine tends to ``final_fraction * peak`` at ``total_steps``.
+
+    Raises:
+        ValueError: If ``step`` lies outside the run, or the warm-up is longer than it.
+
+    Source:
+        Goyal et al. 2017, arXiv:1706.02677, section 2.2 (warm-up); Loshchilov & Hutter 2017, arXiv:1608.03983,
+        equation 5 without restarts.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} lies outside the run's steps 0 to {total_steps - 1}")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps is {warmup_steps}, expected at least 0 and less than total_steps {total_steps}")
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    final = final_fraction * peak
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per parameter tensor by the ratio of its norm to its gradient's.
+
+    For a tensor w with gradient g, g' = g + weight_decay * w, the scale is
+    ``trust_coefficient * |w| / |g'|``, and 1 where either norm is 0 (so that parameters that start at zero do
+    move) or where the group says ``adapt=False``.
+
+    Args:
+        params: Parameters or groups; a group may set ``adapt``, ``weight_decay`` and the other options.
+        lr: Learning rate.
+        momentum: In [0, 1).
+        weight_decay: Added to the gradient as ``weight_decay * w``.
+        trust_coefficient: eta.
+        clip: Whether the scale is limited to ``1 / lr``, so that scale * lr is at most 1: LARC's clipping, which
+            solo-learn calls ``clip_lr``. Otherwise unlimited.
+        adapt: Whether the scale is used at all.
+
+    Source:
+        You et al. 2017, arXiv:1708.03888, with the decayed gradient's norm in the denominator as the SimCLR and
+        Barlow Twins authors' code has it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        clip: bool = False,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "clip": clip,
+            "adapt": adapt,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; ``closure``, if given, recomputes and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        update = parameter.grad.add(parameter, alpha=group["weight_decay"])  # type: ignore[union-attr]
+        if group["adapt"]:
+            # on the device: reading the norms would make the host wait for it at every tensor
+            weight_norm, update_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
+            scale = group["trust_coefficient"] * weight_norm / update_norm
+            if group["clip"]:
+                scale = torch.clamp(scale / group["lr"], max=1.0) if group["lr"] > 0 else scale
+            update *= torch.where((weight_norm > 0) & (update_norm > 0), scale, torch.ones_like(scale))
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"]
+        buffer.mul_(group["momentum"]).add_(update)
+        parameter.add_(buffer, alpha=-group["lr"])
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Split the parameters into those that decay and those that do not.
+
+    Biases and normalisation parameters, that is those of fewer than two dimensions, are neither decayed nor
+    adapted by LARS unless ``config.decay_biases_and_norms``. The rule looks at shapes, not names, so that it also
+    holds for a downsampling path and the projector.
+
+    Returns:
+        Groups with ``params``, ``names`` (of the parameters), ``weight_decay`` and, for LARS, ``adapt``.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    excluded = {name for name, p in named if p.ndim < 2 and not config.decay_biases_and_norms}
+    groups = []
+    for exclude in (False, True):
+        members = [(name, p) for name, p in named if (name in excluded) is exclude]
+        if not members:
+            continue
+        group: dict[str, Any] = {
+            "params": [p for _, p in members],
+            "names": [name for name, _ in members],
+            "weight_decay": 0.0 if exclude else config.weight_decay,
+        }
+        if config.name == "lars":
+            group["adapt"] = not exclude
+        groups.append(group)
+    return groups
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
+    """Return one line per parameter group for the log."""
+    lines = []
+    for group in groups:
+        size = sum(p.numel() for p in group["params"])
+        adaptation = {True: ", LARS adapts", False: ", LARS does not adapt", None: ""}[group.get("adapt")]
+        names = group["names"]
+        shown = ", ".join(names[:3]) + (f", ... {names[-1]}" if len(names) > 3 else "")
+        lines.append(
+            f"{len(names)} tensors, {size:,} parameters, weight decay {group['weight_decay']:g}{adaptation}: {shown}"
+        )
+    return lines
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer with its parameter groups; its learning rate is set before each step."""
+    groups = parameter_groups(model, config)
+    for group in groups:
+        group["lr"] = 0.0
+        del group["names"]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999))
+    return LARS(
+        groups,
+        lr=0.0,
+        momentum=config.momentum,
+        trust_coefficient=config.lars_trust_coefficient,
+        clip=config.lars_clip,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,180 @@
+"""What a run writes down: a manifest of facts, one JSON line per measurement, a progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+MANIFEST = "manifest.json"
+_PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on besides its configuration: commit, command, versions, hardware."""
+    return {
+        "commit": _git_commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "hardware": hardware(),
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def hardware() -> str:
+    """Return one line such as "2 cores of Intel Xeon, 24 GiB" or "4 x NVIDIA H100 80GB HBM3 (driver 550.1)"."""
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = ""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    return f"{cores} cores of {_cpu_name()}{memory}"
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Return whether the CPU has bfloat16 instructions (AMX or AVX-512); without them bf16 is slower than float32."""
+    flags = _cpu_info("flags").split()
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+class RunLog:
+    """Writes a run's measurements. Does nothing on ranks other than 0, so that callers need not ask.
+
+    Args:
+        folder: The run's folder.
+        is_main: Whether this is rank 0.
+        total_steps: Of the whole run, for the progress bar.
+        first_step: Steps taken before; lines of later steps, left by an interrupted run, are removed, so that
+            every step stands in the file once.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool, total_steps: int, first_step: int = 0) -> None:
+        self._is_main = is_main
+        self._started = time.perf_counter()
+        if not is_main:
+            return
+        self._path = folder / METRICS
+        self._seconds_before = _keep_lines_until(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None, mininterval=0.5
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line, without breaking the progress bar."""
+        if self._is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def write(self, kind: str, **values: float | int | str | None) -> None:
+        """Append one JSON line {"kind": kind, ..., "seconds": since the run's beginning}, and flush it."""
+        if not self._is_main:
+            return
+        seconds = self._seconds_before + time.perf_counter() - self._started
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, **finite, "seconds": round(seconds, 3)}) + "\n")
+        self._file.flush()
+
+    def advance(self, steps: int, **shown: str) -> None:
+        """Move the progress bar; ``shown`` appears behind it."""
+        if self._is_main:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(steps)
+
+    def close(self) -> None:
+        """End the progress bar and the file."""
+        if self._is_main:
+            self._bar.close()
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that ``path`` is at every moment either the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out."""
+    lines = []
+    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _keep_lines_until(path: Path, step: int) -> float:
+    """Drop lines of steps after ``step``; return the seconds of the last one kept."""
+    if not path.exists():
+        return 0.0
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def _git_commit() -> str:
+    """Return the commit of the code, "-dirty" if it was changed since, or "unknown" outside a checkout."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(field: str) -> str:
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
