@@ -1,1 +1,586 @@
-"""Pretraining; under construction."""
+"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
+
+    python train_simclr.py demo
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train_simclr.py cifar10-simclr-100 --seed 1
+
+With the data file, the configuration determines the weights, whatever the number of devices. A run that was cut off
+continues, in the middle of an epoch too, when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from simclr import checkpoint, distributed, evaluation, losses, runlog
+from simclr.beton import Facts
+from simclr.checkpoint import CheckpointError
+from simclr.config import Derived, TrainConfig, derive, from_json, to_json
+from simclr.data import EpochPlan, ImageSource, open_images, validation_split
+from simclr.evaluation import DivergedError
+from simclr.models import SimCLR, count_parameters, use_global_batch_norm
+from simclr.optim import describe_groups, learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
+from simclr.presets import parse_train_config
+from simclr.runlog import RunLog
+from simclr.views import describe, two_views
+
+# How long a rank waits for the others before it gives up: a rank that has died must not hold the others for ever,
+# and rank 0 may be writing a checkpoint to a slow disk meanwhile.
+PATIENCE = datetime.timedelta(minutes=10)
+
+# Fields that may differ between a run and its continuation, because the weights do not depend on them.
+FREE_TO_CHANGE = frozenset(
+    {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
+    | {"log_every_steps", "checkpoint_every_epochs"}
+)
+
+
+def main(config: TrainConfig) -> Path:
+    """Pretrain.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The run's folder, with simclr_best_epoch.pt, checkpoint_last.pt, metrics.jsonl and manifest.json.
+
+    Raises:
+        ValueError: If configuration, data, devices and an earlier run in the folder do not fit together.
+        DivergedError: If the loss or a weight is not finite any more; the last good checkpoint stays.
+    """
+    accelerator, precision_reason = start_devices(config)
+    with open_images(config.data, backend=config.loader, device=accelerator.device) as source:
+        size = image_size(source.facts, config.data)
+        derived = derive(config, source.facts.num_images, accelerator.num_processes)
+
+        # The same weights on every rank, from the seed
+        torch.manual_seed(config.seed)
+        plain_model = SimCLR(config.model, size)
+        if derived.world_size > 1 and config.global_batch_norm:
+            use_global_batch_norm(plain_model, accelerator.device)
+        plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
+        model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
+
+        progress = resume(config, source.facts, plain_model, optimizer, accelerator)
+        if accelerator.is_main_process:
+            config.folder.mkdir(parents=True, exist_ok=True)
+            say_start(config, derived, source, accelerator, precision_reason, plain_model, progress)
+            write_manifest(config, derived, source, accelerator, progress)
+        if progress.step == derived.total_steps:
+            return config.folder
+
+        run = Run(config, derived, source, accelerator, model, plain_model, optimizer, progress)
+        with RunLog(
+            config.folder,
+            is_main=accelerator.is_main_process,
+            total_steps=derived.total_steps,
+            first_step=progress.step,
+        ) as log:
+            train(run, log)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return config.folder
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. With the weights and the optimizer's state, this is all that continuing needs."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    knn_accuracy: float | None = None
+    """Validation kNN accuracy in percent, measured last."""
+    best_knn_accuracy: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What the training loop works on."""
+
+    config: TrainConfig
+    derived: Derived
+    source: ImageSource
+    accelerator: Accelerator
+    model: nn.Module
+    """As accelerate prepared it: autocast, and DDP where there are several processes."""
+    plain_model: SimCLR
+    """The same weights without those wrappers."""
+    optimizer: Any
+    progress: Progress
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.progress.step // self.derived.steps_per_epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(run: Run, log: RunLog) -> None:
+    """Train from ``run.progress`` to the end, or to ``stop_at_step``."""
+    config, derived, progress = run.config, run.derived, run.progress
+    plan = EpochPlan(
+        validation_split(derived.num_images, 0)[0],
+        config.global_batch_size,
+        derived.world_size,
+        run.accelerator.process_index,
+        config.seed,
+    )
+    meter = Meter(run, log)
+    stop = min(config.stop_at_step or derived.total_steps, derived.total_steps)
+    run.model.train()
+    while progress.step < stop:
+        epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
+        for batch in run.source.batches(plan, epoch=epoch, start_step=start_step):
+            meter.add(*train_step(run, batch.image, batch.index, epoch))
+            progress.step += 1
+            if progress.step % config.log_every_steps == 0 or progress.step == stop:
+                meter.report()
+            if progress.step == stop:
+                break
+        finish_epoch(run, log, meter, is_last=progress.step == stop)
+
+
+def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device."""
+    config, derived = run.config, run.derived
+    mean, std = run.source.facts.normalisation
+    view_1, view_2 = two_views(
+        image,
+        index,
+        config.view_1,
+        config.view_2,
+        seed=config.seed,
+        epoch=epoch,
+        size=run.source.facts.height,
+        mean=mean,
+        std=std,
+    )
+    dtype = parameter_dtype(config)
+    view_1, view_2 = view_1.to(dtype), view_2.to(dtype)
+    if config.batch_norm_per_view:
+        z1, z2 = run.model(view_1)[1], run.model(view_2)[1]
+    else:
+        z1, z2 = run.model(torch.cat([view_1, view_2]))[1].chunk(2)
+    loss = objective(config)(z1, z2) * config.loss.scale
+    run.accelerator.backward(loss)
+    if config.optimizer.gradient_clip_norm is not None:
+        run.accelerator.clip_grad_norm_(run.plain_model.parameters(), config.optimizer.gradient_clip_norm)
+    set_learning_rate(run.optimizer, learning_rate(config, derived, run.progress.step))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss.detach(), z1.detach(), z2.detach()
+
+
+def objective(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss as a function of the two views' projections."""
+    loss = config.loss
+    if loss.name == "nt_xent":
+        return functools.partial(losses.nt_xent, temperature=loss.temperature)
+    return functools.partial(losses.barlow_twins, off_diagonal_weight=loss.off_diagonal_weight, centre=loss.centre)
+
+
+def learning_rate(config: TrainConfig, derived: Derived, step: int) -> float:
+    """Return the learning rate of a step."""
+    return learning_rate_at(
+        step,
+        peak=derived.peak_learning_rate,
+        total_steps=derived.total_steps,
+        warmup_steps=derived.warmup_steps,
+        final_fraction=config.optimizer.final_learning_rate,
+    )
+
+
+class Meter:
+    """Gathers what is reported about the steps since the last report, on the device: reading it would wait for it."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self.run, self.log = run, log
+        self._losses: list[Tensor] = []
+        self._projections: tuple[Tensor, Tensor] | None = None  # of the last step
+        self._started = time.perf_counter()
+
+    def add(self, loss: Tensor, z1: Tensor, z2: Tensor) -> None:
+        """Take in one step."""
+        self._losses.append(loss)
+        self._projections = z1, z2
+
+    def report(self) -> None:
+        """Write a line of metrics about the steps since the last one, and stop if a loss was not finite."""
+        if self._projections is None:
+            return
+        config, derived, step = self.run.config, self.run.derived, self.run.progress.step
+        of_this_rank = torch.cat([torch.stack(self._losses), collapse_measures(*self._projections)]).double()
+        *step_losses, similarity, spread = (distributed.sum_over_ranks(of_this_rank) / derived.world_size).tolist()
+        num_steps, seconds = len(step_losses), time.perf_counter() - self._started
+        require_finite_losses(self.run, step_losses)
+
+        loss, rate = sum(step_losses) / num_steps, learning_rate(config, derived, step - 1)
+        images_per_second = num_steps * config.global_batch_size / seconds
+        self.log.write(
+            "step",
+            step=step,
+            epoch=step / derived.steps_per_epoch,
+            loss=loss,
+            learning_rate=rate,
+            images_per_second=round(images_per_second, 1),
+            positive_similarity=similarity,
+            projection_spread=spread,
+        )
+        self.run.accelerator.log(
+            {"loss": loss, "learning_rate": rate, "images_per_second": images_per_second}, step=step
+        )
+        self.log.advance(num_steps, loss=f"{loss:.4f}", lr=f"{rate:.3g}", images_per_s=f"{images_per_second:.0f}")
+        self._losses, self._projections = [], None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last report out of the speed."""
+        self._started = time.perf_counter()
+
+
+@torch.no_grad()
+def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
+    """Return two numbers that tell a collapse, for this rank's rows (b, d).
+
+    The mean cosine similarity of the two views of an image; and the mean standard deviation of a coordinate of the
+    normalised projection times sqrt(d), which is 0 when all are equal and near 1 when they point everywhere.
+    """
+    unit_1, unit_2 = (F.normalize(z.float(), dim=1) for z in (z1, z2))
+    spread = unit_1.std(dim=0, correction=0).mean() * unit_1.shape[1] ** 0.5
+    return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
+
+
+def require_finite_losses(run: Run, step_losses: list[float]) -> None:
+    """Stop if one of the last steps' losses is not finite. Every rank has the same values, so all stop."""
+    first = run.progress.step - len(step_losses) + 1
+    for step, loss in enumerate(step_losses, start=first):
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {step}{_way_out(run)}")
+
+
+def _way_out(run: Run) -> str:
+    last = run.config.folder / checkpoint.LAST
+    kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    return (
+        f" (epoch {run.epoch}, learning rate {learning_rate(run.config, run.derived, run.progress.step - 1):.3g}); "
+        f"{kept}. A lower --optimizer.base-learning-rate, longer --optimizer.warmup-epochs, "
+        "--optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run another --output"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Between epochs
+
+
+def finish_epoch(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> None:
+    """Measure and save as far as it is due, on all ranks together."""
+    config, derived, progress = run.config, run.derived, run.progress
+    at_end = progress.step == derived.total_steps
+    is_whole = progress.step % derived.steps_per_epoch == 0  # not where stop_at_step cut an epoch
+    knn_is_due = config.knn_every_epochs > 0 and is_whole and run.epoch % config.knn_every_epochs == 0
+    save_is_due = is_last or (is_whole and run.epoch % config.checkpoint_every_epochs == 0)
+    if not (at_end or knn_is_due or save_is_due):
+        return
+    meter.report()
+    require_finite_weights(run)
+    is_best = False
+    if can_measure(config, run.source.facts) and (at_end or knn_is_due):
+        accuracy = measure_knn(run)
+        progress.knn_accuracy = accuracy
+        is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
+        progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
+        log.write("knn", step=progress.step, epoch=run.epoch, knn_accuracy=accuracy)
+        run.accelerator.log({"knn_accuracy": accuracy}, step=progress.step)
+        log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
+    elif at_end:
+        is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
+    if run.accelerator.is_main_process:
+        save(run, is_best=is_best)
+    meter.restart_clock()
+
+
+def can_measure(config: TrainConfig, facts: Facts) -> bool:
+    """Whether there are labels and validation images for kNN."""
+    return config.num_validation > 0 and facts.is_labelled
+
+
+def measure_knn(run: Run) -> float:
+    """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result."""
+    bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
+    encode = functools.partial(
+        evaluation.extract_features,
+        run.plain_model.encoder,
+        run.source,
+        device=run.accelerator.device,
+        dtype=forward_dtype(run.accelerator, run.config),
+        world_size=run.derived.world_size,
+        rank=run.accelerator.process_index,
+    )
+    return evaluation.knn_accuracy(
+        encode(indices=bank_rows),
+        encode(indices=query_rows),
+        k=min(20, len(bank_rows)),
+        num_classes=run.source.facts.num_classes,
+    )
+
+
+def require_finite_weights(run: Run) -> None:
+    """Stop before a checkpoint that would not be good. Every rank has the same weights, so all stop."""
+    norms = torch._foreach_norm([value.float() for value in run.plain_model.state_dict().values()])
+    if not bool(torch.stack(list(norms)).isfinite().all()):
+        raise DivergedError(f"weights are not finite after step {run.progress.step}{_way_out(run)}")
+
+
+def save(run: Run, *, is_best: bool) -> None:
+    """Write the checkpoints, the best one first: a run killed in between measures it again."""
+    progress = run.progress
+    about: dict[str, Any] = {
+        "model": run.plain_model,
+        "config": to_json(run.config),
+        "facts": to_json(run.source.facts),
+        "step": progress.step,
+        "epoch": run.epoch,
+        "knn_accuracy": progress.knn_accuracy,
+        "best_knn_accuracy": progress.best_knn_accuracy,
+    }
+    if is_best:
+        checkpoint.save_atomically(run.config.folder / checkpoint.BEST, checkpoint.model_payload(**about))
+    checkpoint.save_resumable(
+        run.config.folder / checkpoint.LAST,
+        optimizer=run.optimizer,
+        scaler=run.accelerator.scaler,
+        world_size=run.derived.world_size,
+        **about,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Devices, data and an earlier run
+
+
+def start_devices(config: TrainConfig) -> tuple[Accelerator, str]:
+    """Join the other processes. Returns accelerate's view of them, and why this precision was chosen."""
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    state = PartialState(cpu=use_cpu, timeout=PATIENCE)
+    require_world_size(config, state.num_processes)
+    precision, reason = choose_precision(config, state.device)
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise ValueError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision if precision in {"bf16", "fp16"} else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if config.tracker != "none":
+        accelerator.init_trackers("simclr", config=_flat(dataclasses.asdict(config)))
+    return accelerator, f"{precision} ({reason})"
+
+
+def require_world_size(config: TrainConfig, num_processes: int) -> None:
+    """Stop if another number of processes takes part than was asked for, here or of SLURM."""
+    if config.world_size is not None and num_processes != config.world_size:
+        raise ValueError(
+            f"world_size is {config.world_size}, but the number of processes that take part is {num_processes}. "
+            "On CPUs, `accelerate launch --cpu --num_processes N` starts one whatever N is: use --config_file "
+            "accelerate_configs/cpu.yaml --num_processes N (or torchrun --nproc-per-node N)"
+        )
+    num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if num_processes < num_tasks:
+        raise ValueError(
+            f"srun started {num_tasks} tasks, but this process belongs to a group of {num_processes}: they would train "
+            f"{num_tasks} copies of the run. Start it as slurm/pretrain.sbatch does"
+        )
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    """Return the precision and why."""
+    if config.precision != "auto":
+        if config.precision == "fp16" and device.type == "cpu":
+            raise ValueError("precision fp16 needs a GPU; use --precision bf16 or fp32 on a CPU")
+        return config.precision, "as configured"
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bf16", "the GPU computes with it") if has_bf16 else ("fp32", "the GPU is older than bf16")
+    if runlog.cpu_has_fast_bf16():
+        return "bf16", "the CPU has instructions for it"
+    return "fp32", "the CPU has no instructions for bf16"
+
+
+def parameter_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the dtype of weights and views."""
+    return torch.float64 if config.precision == "fp64" else torch.float32
+
+
+def forward_dtype(accelerator: Accelerator, config: TrainConfig) -> torch.dtype:
+    """Return the dtype of the forward pass."""
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return autocast.get(accelerator.mixed_precision, parameter_dtype(config))
+
+
+def image_size(facts: Facts, path: Path) -> int:
+    """Return the side of the images in pixels."""
+    if facts.height != facts.width:
+        raise ValueError(
+            f"{path} holds images of {facts.height} x {facts.width} pixels; pretraining needs square ones. Convert "
+            "them with a --resolution (python -m data_prep --help)"
+        )
+    return facts.height
+
+
+def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> Progress:
+    """Continue the run that the output folder holds, if there is one and it is wanted."""
+    path = config.folder / checkpoint.LAST
+    if not path.exists():
+        if config.resume == "must":
+            raise CheckpointError(f"resume is must, but there is no {path}; use --resume auto to start a new run")
+        return Progress()
+    if config.resume == "never":
+        raise CheckpointError(
+            f"resume is never, but {config.folder} holds a run; give another --output, or use --resume auto to go on"
+        )
+    saved = checkpoint.load_resumable(path)
+    require_same_run(config, facts, saved, path)
+    model.load_state_dict(saved["model"], strict=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    return Progress(saved["step"], saved["knn_accuracy"], saved["best_knn_accuracy"])
+
+
+def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], path: Path) -> None:
+    """Refuse to continue a run with another configuration or other images, and show the difference."""
+    before, now = (
+        _flat({key: value for key, value in json.loads(text).items() if key not in FREE_TO_CHANGE})
+        for text in (saved["config"], to_json(config))
+    )
+    different = [
+        f"{key} was {before.get(key)} and is {now.get(key)}"
+        for key in sorted(before | now)
+        if before.get(key) != now.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{path} is of a run with another configuration: {'; '.join(different)}. Give the earlier values to go on, "
+            "or another --output for a new run"
+        )
+    earlier = from_json(Facts, saved["facts"])
+    if earlier.content_sha256 != facts.content_sha256:
+        raise CheckpointError(
+            f"{path} is of a run on other images ({earlier.source}, {earlier.num_images} images) than {config.data} "
+            f"({facts.source}, {facts.num_images} images). Name that file with --data, or give another --output"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, with dotted keys and values that any tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is said and written down
+
+
+def say_start(
+    config: TrainConfig,
+    derived: Derived,
+    source: ImageSource,
+    accelerator: Accelerator,
+    precision: str,
+    model: SimCLR,
+    progress: Progress,
+) -> None:
+    """Print what is going to be done, with every derived number as an equation."""
+    facts = source.facts
+    processes = f"{derived.world_size} process{'es' if derived.world_size > 1 else ''}"
+    threads = f", {torch.get_num_threads()} CPU threads each" if accelerator.device.type == "cpu" else ""
+    print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
+    print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
+    print(f"loader:     {source.backend} ({source.reason})")
+    print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
+    print(f"precision:  {precision}")
+    norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
+    print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
+    for i, line in enumerate(derived.equations(config)):
+        print(f"{'' if i else 'derived:':<12}{line}")
+    encoder, projector = count_parameters(model.encoder), count_parameters(model.projector)
+    print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
+    for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
+        print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
+    print(f"view 1:     {describe(config.view_1)}")
+    print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
+    if not can_measure(config, facts):
+        why = "num_validation is 0" if facts.is_labelled else "the images have no labels"
+        print(f"kNN:        not measured, since {why}; {checkpoint.BEST} will be the last epoch")
+    if progress.step:
+        print(f"resuming:   after step {progress.step} of {derived.total_steps}")
+    if progress.step == derived.total_steps:
+        print(f"finished:   nothing is left to do; a new run needs another --output than {config.folder}")
+    sys.stdout.flush()
+
+
+def write_manifest(
+    config: TrainConfig, derived: Derived, source: ImageSource, accelerator: Accelerator, progress: Progress
+) -> None:
+    """Write manifest.json: what the result depends on, and the sessions that made it."""
+    path = config.folder / runlog.MANIFEST
+    session = {
+        "environment": runlog.environment(),
+        "from_step": progress.step,
+        "derived": dataclasses.asdict(derived),
+        "device": str(accelerator.device.type),
+        "mixed_precision": accelerator.mixed_precision,
+        "loader": f"{source.backend}: {source.reason}",
+    }
+    earlier = []
+    if progress.step and path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    runlog.write_json(
+        path,
+        {
+            **session,
+            "config": json.loads(to_json(config)),
+            "facts": json.loads(to_json(source.facts)),
+            "sessions": [*earlier, session],
+        },
+    )
+
+
+def cli() -> None:
+    """Run :func:`main` with the options of the command line."""
+    config = parse_train_config(description=__doc__)
+    try:
+        main(config)
+    except ValueError as error:  # what the user can put right; anything else keeps its traceback
+        sys.exit(f"train_simclr.py: {error}")
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,10 +1,7 @@
-"""What a run is: frozen dataclasses, presets, and the command line made from them.
+"""What a run is: frozen dataclasses, and the numbers that follow from them.
 
-A preset is a whole configuration. The command line names one and overrides fields:
-
-    python train_simclr.py cifar10-simclr-100 --data data/cifar10/train.beton --seed 1
-
-Durations are given in epochs and turned into steps in one place (:func:`derive`).
+Durations are given in epochs and turned into steps in one place (:func:`derive`). Named configurations are in
+:mod:`simclr.presets`.
 """
 
 from __future__ import annotations
@@ -80,11 +77,14 @@ class OptimizerConfig:
 class TrainConfig:
     """A pretraining run. With the data file, this determines the weights, whatever the number of devices."""
 
+    name: str = "custom"
+    """Of the run. A preset's name, unless you give another."""
+
     data: Path = Path("data/cifar10/train.beton")
     """Training images, written by data_prep. Labels serve only to measure."""
 
     output: Path | None = None
-    """Folder of the run. Default: results/<preset>-seed<seed>."""
+    """Folder of the run. Default: results/<name>-seed<seed>."""
 
     seed: int = 0
     """Of the weights, the order and the views."""
@@ -99,11 +99,16 @@ class TrainConfig:
     view_1: ViewSpec = field(default_factory=ViewSpec)
     view_2: ViewSpec = field(default_factory=ViewSpec)
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the forward pass (autocast). Losses are computed in float32 at least."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
+    or CPU has instructions for it, else fp32. fp64: everything in float64, to show that two runs are the same."""
 
     global_batch_norm: bool = True
     """Batch normalisation over all devices, so that several devices compute what one would."""
+
+    batch_norm_per_view: bool = False
+    """Whether the two views pass the network one after the other, so that batch normalisation sees each by itself
+    (as Barlow Twins' code does); otherwise they pass together (as SimCLR's code does), which is faster."""
 
     num_validation: int = 5000
     """Images of the training file whose labels measure (kNN: queries); the others are the kNN bank. All images are
@@ -136,6 +141,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
+        valid_name = bool(self.name) and not set(self.name) & set("/\\") and self.name not in {".", ".."}
+        _require(valid_name, "name", repr(self.name), "a name for a folder, without slashes")
         for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_validation", "knn_every_epochs", "seed"):
@@ -163,6 +170,87 @@ class TrainConfig:
         _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")
         _require(loss.off_diagonal_weight >= 0, "loss.off_diagonal_weight", loss.off_diagonal_weight, "at least 0")
         _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.output or Path("results") / f"{self.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from a configuration, the number of images and the number of devices."""
+
+    num_images: int
+    world_size: int
+    per_device_batch_size: int
+    """Source images per step on each device."""
+    steps_per_epoch: int
+    left_out_per_epoch: int
+    """Images that fill no batch and sit out an epoch; other ones each epoch."""
+    total_steps: int
+    warmup_steps: int
+    peak_learning_rate: float
+
+    def equations(self, config: TrainConfig) -> list[str]:
+        """Return each number with the way it came about, for people."""
+        batch, optimizer, left_out = config.global_batch_size, config.optimizer, self.left_out_per_epoch
+        return [
+            f"per_device_batch_size = global_batch_size / world_size = {batch} / {self.world_size} = "
+            f"{self.per_device_batch_size} source images, {2 * self.per_device_batch_size} views",
+            f"steps_per_epoch = floor(num_images / global_batch_size) = floor({self.num_images} / {batch}) = "
+            f"{self.steps_per_epoch}"
+            + (f"; {left_out} images sit out each epoch, other ones each" if left_out else ""),
+            f"total_steps = epochs * steps_per_epoch = {config.epochs} * {self.steps_per_epoch} = {self.total_steps}",
+            f"warmup_steps = warmup_epochs * steps_per_epoch = {optimizer.warmup_epochs:g} * {self.steps_per_epoch} = "
+            f"{self.warmup_steps}",
+            f"peak_learning_rate = base_learning_rate * global_batch_size / 256 = {optimizer.base_learning_rate:g} * "
+            f"{batch} / 256 = {self.peak_learning_rate:g}",
+        ]
+
+
+def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
+    """Turn epochs into steps and the global batch into shares: the only place where that is done.
+
+    Args:
+        config: The run.
+        num_images: Images in the training file.
+        world_size: Number of devices.
+
+    Raises:
+        ValueError: If the global batch cannot be shared equally, is not filled by all images together, or the
+            validation images leave no other ones; the message names values that work.
+    """
+    batch = config.global_batch_size
+    if batch % world_size:
+        below = batch - batch % world_size
+        usable = " or ".join(str(size) for size in (below, below + world_size) if size)
+        raise ValueError(
+            f"global_batch_size {batch} is not divisible by the {world_size} processes; use "
+            f"--global-batch-size {usable}"
+        )
+    if batch > num_images:
+        raise ValueError(
+            f"{config.data} has {num_images} images, which do not fill one batch of {batch}; use more images or "
+            f"--global-batch-size {num_images - num_images % world_size or num_images}"
+        )
+    if config.num_validation >= num_images:
+        raise ValueError(
+            f"num_validation {config.num_validation} leaves none of the {num_images} images of {config.data} as "
+            f"neighbours; use --num-validation {num_images // 10}, or 0 for no measuring"
+        )
+    steps_per_epoch, left_out = divmod(num_images, batch)
+    total_steps = config.epochs * steps_per_epoch
+    return Derived(
+        num_images=num_images,
+        world_size=world_size,
+        per_device_batch_size=batch // world_size,
+        steps_per_epoch=steps_per_epoch,
+        left_out_per_epoch=left_out,
+        total_steps=total_steps,
+        warmup_steps=min(round(config.optimizer.warmup_epochs * steps_per_epoch), total_steps - 1),
+        peak_learning_rate=config.optimizer.base_learning_rate * batch / 256,
+    )
 
 
 LIGHT_VIEW = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_probability=0.0)

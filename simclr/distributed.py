@@ -25,6 +25,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def leave() -> None:
+    """Leave the process group, at the end of a program; nothing happens without one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class _GatherRows(torch.autograd.Function):
     """Concatenate every rank's rows; the backward pass sums the gradients that all ranks hold for ours."""
 

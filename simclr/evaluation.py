@@ -111,7 +111,7 @@ def extract_features(
         indices: Which images, int64 (n,).
         batch_size: Images at a time per rank. Changes speed, not results.
         device: Where to compute, and where the features are returned.
-        dtype: Of the forward pass: float32, or bfloat16 / float16 for autocast.
+        dtype: Of the forward pass: float32 or float64, as the encoder's weights, or bfloat16 / float16 for autocast.
         world_size: Number of ranks that share the work.
         rank: This rank.
         normalisation: Per-channel (mean, std) on the scale where 255 is 1. Default: the source's own, which is
@@ -139,7 +139,7 @@ def extract_features(
         for batch in _in_order(source, own, batch_size):
             image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std)
             with _autocast(device, dtype):
-                representations.append(encoder(image).float())
+                representations.append(encoder(image.double() if dtype == torch.float64 else image).float())
             labels.append(batch.label.to(device))
             seen.append(batch.index.to(device))
     # Concatenated outside inference mode, whose tensors a later autograd computation would refuse.
@@ -696,7 +696,8 @@ def _augment(
 
 
 def _autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    is_lower = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(torch.device(device).type, dtype if is_lower else None, enabled=is_lower)
 
 
 _History = dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]]
