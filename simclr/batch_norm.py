@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from simclr.distributed import sum_over_ranks
 
@@ -36,6 +37,7 @@ class _Normalise(torch.autograd.Function):
         return normalised, mean, variance, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         normalised, inverse_std, count = ctx.saved_tensors
         over = [0, *range(2, normalised.ndim)]
@@ -62,16 +64,24 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1, with the mini-batch of all devices.
     """
 
-    after: nn.Module | None = None
-    """Applied to the result, where the layer it replaces does more than normalise."""
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        # Applied to the result; timm's BatchNormAct2d has other modules here.
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (b, c, ...) per channel; same shape and dtype out."""
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"expected an input of shape (b, {self.num_features}, ...), got {tuple(x.shape)}")
-        y = self._normalise(x)
-        if self.after is not None:
-            y = self.after(y)
+        y: Tensor = self.act(self.drop(self._normalise(x)))
         return y
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -93,9 +103,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
         if count < 2:
             raise ValueError("batch normalisation needs more than 1 value per channel over all ranks to train, got 1")
+        self.num_batches_tracked.add_(1)
         # momentum None is torch's way to ask for the cumulative average
         weight = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = variance * count / (count - 1)
@@ -106,20 +116,47 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
 def replace_batch_norm(module: nn.Module) -> nn.Module:
     """Return ``module`` with every batch normalisation replaced by :class:`GlobalBatchNorm`, in place.
 
-    Parameters, buffers, state dict keys and training mode stay as they are, and so does what timm's
-    ``BatchNormAct2d`` applies after normalising (its ``drop`` and ``act``).
+    The parameters and buffers stay the same objects, and state dict keys and training mode stay as they are. So does
+    what timm's ``BatchNormAct2d`` applies after normalising (its ``drop`` and ``act``).
+
+    Raises:
+        ValueError: As :func:`require_known_batch_norm`.
     """
+    require_known_batch_norm(module)
+    return _replace(module)
+
+
+def require_known_batch_norm(module: nn.Module) -> None:
+    """Raise a ValueError if a layer keeps batch statistics in another way than torch's and timm's usual ones do."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            children = {child for child, _ in layer.named_children()}
+            known = type(layer) in _PLAIN or children == {"drop", "act"}
+        else:
+            known = isinstance(layer, GlobalBatchNorm) or getattr(layer, "running_var", None) is None
+        if not known:
+            raise ValueError(
+                f"layer {name or '(the model itself)'} is a {type(layer).__name__}, whose batch statistics cannot be "
+                "taken over all devices; choose another encoder, or leave global batch normalisation out"
+            )
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _replace(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
-        setattr(module, name, replace_batch_norm(child))
+        setattr(module, name, _replace(child))
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module
     replacement = GlobalBatchNorm(
         module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
     )
-    replacement.load_state_dict(module.state_dict())
-    if hasattr(module, "act"):
-        replacement.after = nn.Sequential(module.get_submodule("drop"), module.get_submodule("act"))
-    replacement.train(module.training)
+    for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        setattr(replacement, name, value)
+    for name, child in module.named_children():  # drop and act
+        setattr(replacement, name, child)
+    replacement.training = module.training
     return replacement
 
 

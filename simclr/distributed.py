@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
@@ -41,8 +42,8 @@ class _GatherRows(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
         dist.reduce_scatter_tensor(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
         return own
@@ -76,10 +77,11 @@ def gather_with_grad(rows: Tensor) -> Tensor:
         Tensor of shape (n, ...): rank 0's rows first. ``rows`` itself in a world of one.
 
     Raises:
-        ValueError: If the ranks hold different numbers of rows; the message names them.
+        ValueError: If the ranks hold different numbers of rows; the message names them. Every rank raises at the
+            first call; later, at least every rank whose number has changed, and the others wait for those in vain.
 
     Note:
-        Collective call: every rank must make it.
+        Collective call: every rank must make it. Differentiable once.
     """
     if world_size() == 1:
         return rows
@@ -99,9 +101,10 @@ def gather_variable(rows: Tensor) -> Tensor:
     Returns:
         Tensor of shape (sum of all b_r, ...), on every rank.
     """
+    rows = rows.detach()
     if world_size() == 1:
         return rows
-    counts = _all_counts(rows)
+    counts = _all_counts(rows).tolist()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = rows.new_empty((world_size() * max(counts), *rows.shape[1:]))
@@ -126,26 +129,29 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(vote.item())
 
 
-# Row counts found equal on all ranks, per process group. On CUDA, reading the counts makes the host wait for the
-# device, so each count is checked there once only.
-_equal_counts: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+# The number of rows that all ranks held at the last check, per process group. On CUDA, reading the others' counts
+# makes the host wait for the device, so a rank reads them only where its own count is another than then. The counts
+# are gathered every time, so that all ranks make the same collective calls: wherever counts differ, at least one rank
+# differs from the last common count, reads, and raises.
+_last_common_count: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def _require_equal_counts(rows: Tensor) -> None:
-    known = _equal_counts.setdefault(dist.group.WORLD, set())
-    if rows.is_cuda and len(rows) in known:
+    counts_on_device = _all_counts(rows)
+    if _last_common_count.get(dist.group.WORLD) == len(rows):
         return
-    counts = _all_counts(rows)
+    counts = counts_on_device.tolist()
     if len(set(counts)) > 1:
         raise ValueError(
             f"every rank must hold the same number of rows, got {counts} on ranks 0 to {len(counts) - 1}; "
             "use a global batch size that the number of processes divides, and drop the last batch"
         )
-    known.add(len(rows))
+    _last_common_count[dist.group.WORLD] = len(rows)
 
 
-def _all_counts(rows: Tensor) -> list[int]:
+def _all_counts(rows: Tensor) -> Tensor:
+    """Return the number of rows on each rank, int64, shape (world_size,), on the device of ``rows``."""
     count = torch.tensor([len(rows)], device=rows.device)
-    counts = torch.empty(world_size(), dtype=count.dtype, device=rows.device)
+    counts = count.new_empty(world_size())
     dist.all_gather_into_tensor(counts, count)
-    return [int(c) for c in counts.tolist()]
+    return counts

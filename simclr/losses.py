@@ -52,7 +52,7 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; the paper uses 0.1 to 1")
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (F.normalize(_at_least_float32(z), dim=1) for z in (z1, z2))
-        all_z1, all_z2 = gather_with_grad(z1), gather_with_grad(z2)  # (n, d)
+        all_z1, all_z2 = _gather_pair(z1, z2)
         b, n = len(z1), len(all_z1)
         if n < 2:
             raise ValueError("nt_xent needs at least 2 source images in the whole batch, got 1: there are no negatives")
@@ -101,7 +101,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
     if not 0 <= off_diagonal_weight < float("inf"):
         raise ValueError(f"off_diagonal_weight must be finite and >= 0, got {off_diagonal_weight}")
     with torch.autocast(z1.device.type, enabled=False):
-        all_z1, all_z2 = (gather_with_grad(_at_least_float32(z)) for z in (z1, z2))  # (n, d)
+        all_z1, all_z2 = _gather_pair(_at_least_float32(z1), _at_least_float32(z2))
         if len(all_z1) < 2:
             raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
         correlation = _unit_columns(all_z1, centre).T @ _unit_columns(all_z2, centre)  # (d, d)
@@ -109,6 +109,12 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
         invariance = (1 - diagonal).square().sum()
         redundancy = (correlation - torch.diag(diagonal)).square().sum()
         return invariance + off_diagonal_weight * redundancy
+
+
+def _gather_pair(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the projections (n, d) of all devices, from one collective call for both views."""
+    all_z1, all_z2 = gather_with_grad(torch.stack([z1, z2], dim=1)).unbind(dim=1)
+    return all_z1, all_z2
 
 
 def _unit_columns(z: Tensor, centre: bool) -> Tensor:

@@ -14,7 +14,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from simclr.batch_norm import replace_batch_norm
+from simclr.batch_norm import replace_batch_norm, require_known_batch_norm
 
 Stem = Literal["auto", "cifar", "patch2", "original"]
 ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
@@ -146,9 +146,11 @@ def use_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """Return ``model`` with every batch normalisation taking its statistics over all ranks.
 
     torch's fused SyncBatchNorm on CUDA, :class:`simclr.batch_norm.GlobalBatchNorm` elsewhere, where SyncBatchNorm
-    does not run. State dict keys stay the same, so checkpoints fit either way.
+    does not run. State dict keys stay the same, so checkpoints fit either way. Raises ValueError if a layer keeps
+    batch statistics in a way of its own.
     """
     if device.type == "cuda":
+        require_known_batch_norm(model)
         converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return converted
     return replace_batch_norm(model)

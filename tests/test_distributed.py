@@ -1,0 +1,150 @@
+"""Collectives against what one process computes on the rows of all ranks. Every rank holds other data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simclr import distributed
+from tests.helpers import RankError, run_distributed
+
+WORLD_SIZES = [1, 2, 3, 4]
+
+
+def all_rows(n: int, *trailing: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, *trailing, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def share(rows: Tensor, rank: int, world_size: int) -> Tensor:
+    return rows.chunk(world_size)[rank].clone()
+
+
+def check_gather_with_grad(rank: int, world_size: int) -> None:
+    assert dist.get_world_size() == world_size
+    assert (distributed.rank(), distributed.world_size()) == (rank, world_size)
+    for trailing in ((), (3,), (2, 5)):
+        whole = all_rows(2 * world_size, *trailing)
+        rows = share(whole, rank, world_size).requires_grad_()
+        gathered = distributed.gather_with_grad(rows)
+        assert torch.equal(gathered, whole)
+        # Every rank weighs the gathered rows differently: the gradient is the sum of the weights over ranks.
+        weights = [all_rows(len(whole), *trailing, seed=10 + r) for r in range(world_size)]
+        (gathered * weights[rank]).sum().backward()
+        torch.testing.assert_close(rows.grad, share(sum(weights, start=torch.zeros(())), rank, world_size))
+
+
+def check_layouts_and_dtypes(rank: int, world_size: int) -> None:
+    whole = all_rows(3 * world_size, 4, dtype=torch.float32)
+    transposed = share(whole, rank, world_size).T.contiguous().T.requires_grad_()
+    assert not transposed.is_contiguous()
+    gathered = distributed.gather_with_grad(transposed)
+    assert torch.equal(gathered, whole)
+    gathered.sum().backward()  # an expanded gradient, which is not contiguous either
+    assert torch.equal(transposed.grad, torch.full_like(transposed, world_size))  # type: ignore[arg-type]
+    for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.uint8):
+        typed = (10 * whole.abs()).to(dtype)
+        assert torch.equal(distributed.gather_with_grad(share(typed, rank, world_size)), typed)
+
+
+def check_row_counts_may_change(rank: int, world_size: int) -> None:
+    for n in (4, 2, 2, 4):
+        whole = all_rows(n * world_size, seed=n)
+        assert torch.equal(distributed.gather_with_grad(share(whole, rank, world_size)), whole)
+
+
+def gather_uneven(rank: int, world_size: int, counts: list[int]) -> str:
+    with pytest.raises(ValueError, match="same number of rows") as caught:
+        distributed.gather_with_grad(torch.zeros(counts[rank], 2))
+    return str(caught.value)
+
+
+def check_gather_variable(rank: int, world_size: int) -> None:
+    for counts in ([5] * world_size, list(range(world_size)), list(range(world_size, 0, -1)), [0] * world_size):
+        for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+            parts = [(all_rows(c, 3, seed=r) * 10).to(dtype) for r, c in enumerate(counts)]
+            assert torch.equal(distributed.gather_variable(parts[rank]), torch.cat(parts))
+    with_grad = all_rows(rank + 1, 2).requires_grad_()
+    assert not distributed.gather_variable(with_grad).requires_grad
+
+
+def check_sum_over_ranks(rank: int, world_size: int) -> None:
+    parts = [all_rows(3, 4, seed=r) for r in range(world_size)]
+    values = parts[rank].T.requires_grad_()  # not contiguous
+    before = values.detach().clone()
+    total = distributed.sum_over_ranks(values)
+    torch.testing.assert_close(total, torch.stack(parts).sum(0).T)
+    assert torch.equal(values, before)
+    weights = [all_rows(4, 3, seed=20 + r) for r in range(world_size)]
+    (total * weights[rank]).sum().backward()
+    torch.testing.assert_close(values.grad, torch.stack(weights).sum(0))
+    assert distributed.sum_over_ranks(torch.tensor(rank + 1)).item() == world_size * (world_size + 1) // 2
+
+
+def check_any_rank(rank: int, world_size: int) -> None:
+    assert distributed.any_rank(False) is False
+    for chosen in range(world_size):
+        assert distributed.any_rank(rank == chosen) is True
+    assert distributed.any_rank(True) is True
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_gather_with_grad,
+        check_layouts_and_dtypes,
+        check_row_counts_may_change,
+        check_gather_variable,
+        check_sum_over_ranks,
+        check_any_rank,
+    ],
+)
+def test_collectives(check: object, world_size: int) -> None:
+    run_distributed(check, world_size)  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("counts", [[3, 2], [2, 0], [4, 4, 4, 3]])
+def test_uneven_rows_raise_on_every_rank_and_name_the_counts(counts: list[int]) -> None:
+    for message in run_distributed(gather_uneven, len(counts), counts):
+        assert f"got {counts} on ranks 0 to {len(counts) - 1}" in message
+
+
+@pytest.mark.distributed
+def test_uneven_rows_after_even_ones_raise_on_the_rank_that_changed() -> None:
+    with pytest.raises((RankError, TimeoutError)) as caught:
+        run_distributed(gather_uneven_later, 2, timeout=10)
+    assert "got [3, 2] on ranks 0 to 1" in str(caught.value)
+
+
+def gather_uneven_later(rank: int, world_size: int) -> None:
+    distributed.gather_with_grad(torch.zeros(3, 2))
+    distributed.gather_with_grad(torch.zeros(3 - rank, 2))
+
+
+def test_without_a_process_group_it_is_a_world_of_one() -> None:
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.gather_with_grad(rows) is rows
+    assert distributed.sum_over_ranks(rows) is rows
+    assert torch.equal(distributed.gather_variable(rows), rows)
+    assert not distributed.gather_variable(rows).requires_grad
+    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+    distributed.leave()  # nothing to leave
+
+
+def leave_twice(rank: int, world_size: int) -> int:
+    distributed.leave()
+    distributed.leave()
+    left = distributed.world_size()
+    # run_distributed wants a group at the end
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    return left
+
+
+@pytest.mark.distributed
+def test_leave_takes_the_group_down() -> None:
+    assert run_distributed(leave_twice, 1) == [1]
