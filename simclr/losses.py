@@ -34,14 +34,15 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
         It is log(2n - 1) when all projections are equal.
 
     Raises:
-        ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b is 0,
+        ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b or d is 0,
             the whole batch is a single pair (no negatives), ``temperature`` is not a positive finite number, or
             ranks hold different b.
 
     Note:
         Collective call: every rank must make it. Computed in float32 at least, also inside autocast, because
         1/tau multiplies the rounding errors of the similarities: bfloat16 would leave errors near 0.4 at
-        tau = 0.01.
+        tau = 0.01. (So would ``torch.set_float32_matmul_precision`` below its default, and for the gradient a
+        backward pass inside autocast.) A projection of zeros has similarity 0 to all others and gets no gradient.
 
     Source:
         Chen et al. 2020, arXiv:2002.05709, equation 1 and algorithm 1, which average over 2n. (The authors'
@@ -51,7 +52,7 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; the paper uses 0.1 to 1")
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = (F.normalize(_at_least_float32(z), dim=1) for z in (z1, z2))
+        z1, z2 = (_unit_rows(_at_least_float32(z)) for z in (z1, z2))
         all_z1, all_z2 = _gather_pair(z1, z2)
         b, n = len(z1), len(all_z1)
         if n < 2:
@@ -83,7 +84,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
         float32, or float64 for float64 input. The same value on every rank.
 
     Raises:
-        ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b is 0,
+        ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b or d is 0,
             the whole batch is a single image (nothing to correlate), ``off_diagonal_weight`` is negative or not
             finite, or ranks hold different b.
 
@@ -117,16 +118,21 @@ def _gather_pair(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     return all_z1, all_z2
 
 
+def _unit_rows(z: Tensor) -> Tensor:
+    """Scale each row of (b, d) projections to unit l2 norm; rows of zeros, which have no direction, stay."""
+    norm: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return z / norm.masked_fill(norm == 0, torch.inf)  # by infinity: 0, and no gradient
+
+
 def _unit_columns(z: Tensor, centre: bool) -> Tensor:
     """Scale each feature of (n, d) projections to unit l2 norm over the batch; constant features become 0."""
     norm_before = torch.linalg.vector_norm(z.detach(), dim=0)
     if centre:
         z = z - z.mean(dim=0)
+    norm: Tensor = torch.linalg.vector_norm(z, dim=0)
     # What centring leaves of a constant feature is rounding error. Dividing by its norm would amplify it to 1.
-    is_constant = torch.linalg.vector_norm(z.detach(), dim=0) <= 8 * torch.finfo(z.dtype).eps * norm_before
-    z = z.masked_fill(is_constant, 0.0)
-    norm: Tensor = torch.linalg.vector_norm(z, dim=0).masked_fill(is_constant, 1.0)
-    return z / norm
+    is_constant = norm.detach() <= 8 * torch.finfo(z.dtype).eps * norm_before
+    return z / norm.masked_fill(is_constant, torch.inf)  # by infinity: 0, and no gradient
 
 
 def _at_least_float32(z: Tensor) -> Tensor:
@@ -134,9 +140,9 @@ def _at_least_float32(z: Tensor) -> Tensor:
 
 
 def _check_pair(z1: Tensor, z2: Tensor) -> None:
-    if z1.ndim != 2 or z1.shape != z2.shape or len(z1) == 0:
+    if z1.ndim != 2 or z1.shape != z2.shape or z1.numel() == 0:
         raise ValueError(
-            f"z1 and z2 must both have shape (b, d) with b >= 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
+            f"z1 and z2 must both have shape (b, d) with b, d >= 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
     if z1.dtype != z2.dtype or not z1.dtype.is_floating_point:
         raise ValueError(f"z1 and z2 must have the same floating-point dtype, got {z1.dtype} and {z2.dtype}")
