@@ -31,7 +31,7 @@ def check_gather_with_grad(rank: int, world_size: int) -> None:
         assert torch.equal(gathered, whole)
         # Every rank weighs the gathered rows differently: the gradient is the sum of the weights over ranks.
         weights = [all_rows(len(whole), *trailing, seed=10 + r) for r in range(world_size)]
-        (gathered * weights[rank]).sum().backward()
+        (gathered * weights[rank]).sum().backward()  # type: ignore[no-untyped-call]
         torch.testing.assert_close(rows.grad, share(sum(weights, start=torch.zeros(())), rank, world_size))
 
 
@@ -41,7 +41,7 @@ def check_layouts_and_dtypes(rank: int, world_size: int) -> None:
     assert not transposed.is_contiguous()
     gathered = distributed.gather_with_grad(transposed)
     assert torch.equal(gathered, whole)
-    gathered.sum().backward()  # an expanded gradient, which is not contiguous either
+    gathered.sum().backward()  # type: ignore[no-untyped-call]  # an expanded gradient, which is not contiguous either
     assert torch.equal(transposed.grad, torch.full_like(transposed, world_size))  # type: ignore[arg-type]
     for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.uint8):
         typed = (10 * whole.abs()).to(dtype)
@@ -77,7 +77,7 @@ def check_sum_over_ranks(rank: int, world_size: int) -> None:
     torch.testing.assert_close(total, torch.stack(parts).sum(0).T)
     assert torch.equal(values, before)
     weights = [all_rows(4, 3, seed=20 + r) for r in range(world_size)]
-    (total * weights[rank]).sum().backward()
+    (total * weights[rank]).sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(values.grad, torch.stack(weights).sum(0))
     assert distributed.sum_over_ranks(torch.tensor(rank + 1)).item() == world_size * (world_size + 1) // 2
 
