@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def main(config: TrainConfig) -> Path:
         if derived.world_size > 1 and config.global_batch_norm:
             use_global_batch_norm(plain_model, accelerator.device)
         plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
-        model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
+        with warnings.catch_warnings():
+            # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
 
         progress = resume(config, source.facts, plain_model, optimizer, accelerator)
         if accelerator.is_main_process:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import tyro
@@ -83,7 +84,22 @@ _BARLOW_SOURCE = (
     "projector 2048-2048-2048; there in float16"
 )
 
+_CPU_SIMCLR = TrainConfig(
+    epochs=10,
+    global_batch_size=256,
+    loss=LossConfig(name="nt_xent", temperature=0.5),
+    model=ModelConfig(encoder="small_resnet_w48", projector="simclr2", projector_hidden=256, projection_dim=128),
+    optimizer=OptimizerConfig(name="sgd", base_learning_rate=0.1, weight_decay=1e-4, warmup_epochs=1),
+    knn_every_epochs=5,
+)
+
 _PRESETS = (
+    Preset(
+        "own search on 2 CPU cores",
+        "not measured",
+        dataclasses.replace(_CPU_SIMCLR, name="demo", data=Path("data/shapes/train.beton"), num_validation=2000),
+    ),
+    Preset("own search on 2 CPU cores", "not measured", dataclasses.replace(_CPU_SIMCLR, name="cpu-simclr")),
     Preset(
         _SIMCLR_SOURCE,
         "published for the official pixels: kNN 83.2 %, linear 85.6 % on the test set; here not measured",

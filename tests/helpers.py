@@ -238,12 +238,12 @@ def _run_call(call: _Call) -> Any:
             dist.destroy_process_group()
         finally:
             faulthandler.unregister(signal.SIGUSR1)
-    _forget_accelerate_state()
+    forget_accelerate_state()
     return result
 
 
-def _forget_accelerate_state() -> None:
-    """Accelerate keeps rank and world size for the life of a process; the next call has others."""
+def forget_accelerate_state() -> None:
+    """Undo that accelerate keeps rank, world size and precision for the life of a process; the next run has others."""
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,517 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import train_simclr
+from data_prep.convert import Storage, convert
+from data_prep.shapes import CLASSES, draw, shapes
+from simclr import beton, checkpoint, evaluation
+from simclr.config import LossConfig, OptimizerConfig, TrainConfig
+from simclr.data import EpochPlan, open_images, validation_split
+from simclr.evaluation import DivergedError
+from simclr.models import ModelConfig, SimCLR
+from simclr.optim import learning_rate_at
+from simclr.runlog import read_metrics
+from simclr.views import ViewSpec, two_views
+from tests.helpers import RankError, forget_accelerate_state, run_distributed
+
+NUM_IMAGES = 100
+BATCH = 24  # 4 steps an epoch, and 4 images left out
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "train.beton"
+    convert(shapes(0, "train", NUM_IMAGES), path, Storage())
+    return path
+
+
+def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A small run in float64, where two runs that are the same differ by rounding alone."""
+    defaults: dict[str, Any] = {
+        "data": images,
+        "output": output,
+        "epochs": 3,
+        "global_batch_size": BATCH,
+        "model": ModelConfig(encoder="small_resnet_w4", projector_hidden=16, projection_dim=8),
+        "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1 if changes.get("epochs", 3) > 2 else 0),
+        "precision": "fp64",
+        "num_validation": 30,
+        "knn_every_epochs": 1,
+        "log_every_steps": 3,
+        "loader": "memory",
+    }
+    return TrainConfig(**{**defaults, **changes})
+
+
+BARLOW: dict[str, Any] = {
+    "loss": LossConfig(name="barlow_twins", scale=0.1),
+    "model": ModelConfig(encoder="small_resnet_w4", projector="barlow3", projector_hidden=16, projection_dim=8),
+    "optimizer": OptimizerConfig(name="lars", base_learning_rate=1.0, lars_trust_coefficient=0.02, lars_clip=True),
+    "view_2": ViewSpec(solarise_probability=0.2),
+    "batch_norm_per_view": True,
+}
+
+
+def pretrain(rank: int, world_size: int, config: TrainConfig) -> None:
+    """What each rank runs."""
+    assert train_simclr.main(config) == config.output
+
+
+def run(config: TrainConfig, world_size: int = 1) -> None:
+    """Pretrain on one device in this process, on several in others."""
+    if world_size > 1:
+        run_distributed(pretrain, world_size, config)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in those others; several threads add up in an order of their own
+    try:
+        pretrain(0, 1, config)
+    finally:
+        torch.set_num_threads(threads)
+        forget_accelerate_state()
+
+
+def weights(config: TrainConfig, name: str = checkpoint.LAST) -> dict[str, Tensor]:
+    model: dict[str, Tensor] = checkpoint.load_safely(config.folder / name)["model"]
+    return model
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """Norm of the difference of all weights and buffers over the norm of all."""
+    assert left.keys() == right.keys()
+    differ, size = 0.0, 0.0
+    for name, value in left.items():
+        differ += float((value.double() - right[name].double()).square().sum())
+        size += float(value.double().square().sum())
+    return math.sqrt(differ / size)
+
+
+def is_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def lines(config: TrainConfig) -> list[dict[str, Any]]:
+    """Metrics without what the clock says."""
+    return [
+        {key: value for key, value in line.items() if key not in {"seconds", "images_per_second"}}
+        for line in read_metrics(config.folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def one_device(images: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished run on one device."""
+    config = settings(images, tmp_path_factory.mktemp("run") / "one")
+    run(config)
+    return config
+
+
+# ------------------------------------------------------------------------------------------ the same run on N devices
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_devices_give_the_weights_of_one(one_device: TrainConfig, tmp_path: Path, world_size: int) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", world_size=world_size)
+    run(config, world_size)
+    manifest = json.loads((config.folder / "manifest.json").read_text())
+    assert manifest["derived"]["world_size"] == world_size
+    assert manifest["derived"]["per_device_batch_size"] == BATCH // world_size
+    assert difference(weights(config), weights(one_device)) < 1e-12
+    for here, there in zip(lines(config), lines(one_device), strict=True):
+        assert here.keys() == there.keys()
+        for key, value in here.items():
+            if key == "projection_spread":  # of each rank's rows, averaged
+                continue
+            assert value == (there[key] if key == "kind" else pytest.approx(there[key], rel=1e-6)), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "changes",
+    [
+        BARLOW,
+        {"optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.01, gradient_clip_norm=0.05)},
+        {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w4", projector="simclr3")},
+    ],
+    ids=["barlow_twins", "adamw-clipped", "views-apart"],
+)
+def test_so_do_other_losses_optimizers_and_networks(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = [settings(images, tmp_path / str(world_size), epochs=2, **changes) for world_size in (1, 2)]
+    for world_size, config in zip((1, 2), runs, strict=True):
+        run(config, world_size)
+    assert difference(weights(runs[0]), weights(runs[1])) < 1e-11
+    before = settings(images, tmp_path / "before", epochs=2, **changes)
+    torch.manual_seed(before.seed)
+    untrained = SimCLR(before.model, 32).double().state_dict()
+    assert difference(weights(runs[0]), untrained) > 1e-3
+
+
+@pytest.mark.distributed
+def test_batch_norm_per_device_is_another_run(one_device: TrainConfig, tmp_path: Path) -> None:
+    # So the tests above would notice.
+    config = dataclasses.replace(one_device, output=tmp_path / "run", global_batch_norm=False)
+    run(config, 2)
+    assert difference(weights(config), weights(one_device)) > 1e-4
+
+
+@pytest.mark.distributed
+def test_in_float32_devices_differ_by_rounding(images: Path, tmp_path: Path) -> None:
+    runs = [settings(images, tmp_path / str(n), precision="fp32", epochs=1, **{}) for n in (1, 2)]
+    for world_size, config in zip((1, 2), runs, strict=True):
+        run(config, world_size)
+    assert 0 < difference(weights(runs[0]), weights(runs[1])) < 1e-4
+
+
+def test_ffcv_gives_the_same_weights_bit_for_bit(one_device: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    config = dataclasses.replace(one_device, output=tmp_path / "run", loader="ffcv")
+    run(config)
+    assert is_equal(weights(config), weights(one_device))
+    assert json.loads((config.folder / "manifest.json").read_text())["loader"].startswith("ffcv")
+
+
+def test_the_seed_decides(one_device: TrainConfig, tmp_path: Path) -> None:
+    again = dataclasses.replace(one_device, output=tmp_path / "again")
+    other = dataclasses.replace(one_device, output=tmp_path / "other", seed=1)
+    for config in (again, other):
+        run(config)
+    assert is_equal(weights(again), weights(one_device))
+    assert difference(weights(other), weights(one_device)) > 0.1
+
+
+# ------------------------------------------------------------------------------------------ interruption
+
+
+@pytest.mark.parametrize("stops", [(1,), (STEPS,), (5, 6, 11)], ids=["first-step", "end-of-epoch", "three-times"])
+def test_a_run_in_pieces_gives_the_same_weights_bit_for_bit(
+    one_device: TrainConfig, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", log_every_steps=1)
+    whole = dataclasses.replace(one_device, output=tmp_path / "whole", log_every_steps=1)
+    run(whole)
+    for stop in (*stops, None):
+        run(dataclasses.replace(config, stop_at_step=stop))
+        saved = checkpoint.load_resumable(config.folder / checkpoint.LAST)
+        assert saved["step"] == (stop or 3 * STEPS)
+    assert is_equal(weights(config), weights(whole))
+    assert is_equal(weights(config, checkpoint.BEST), weights(whole, checkpoint.BEST))
+    assert lines(config) == lines(whole)
+    sessions = json.loads((config.folder / "manifest.json").read_text())["sessions"]
+    assert [session["from_step"] for session in sessions] == [0, *stops]
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_another_number_of_devices(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    for world_size, stop in ((2, 3), (1, 6), (4, None)):
+        run(dataclasses.replace(config, stop_at_step=stop), world_size)
+    assert difference(weights(config), weights(one_device)) < 1e-12
+
+
+def test_lines_of_steps_after_the_checkpoint_are_written_once(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    run(dataclasses.replace(config, stop_at_step=STEPS))
+    kept = (config.folder / checkpoint.LAST).read_bytes()
+    run(dataclasses.replace(config, stop_at_step=2 * STEPS))
+    (config.folder / checkpoint.LAST).write_bytes(kept)  # as if killed before the second checkpoint
+    run(config)
+    # Reports also stand at each stop, here the ends of epochs, where the uninterrupted run has them too.
+    assert lines(config) == lines(one_device)
+    assert is_equal(weights(config), weights(one_device))
+
+
+def test_a_finished_run_is_left_alone(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    shutil.copytree(one_device.folder, config.folder)
+    before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != "manifest.json"}
+    run(config)
+    assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name in before} == before
+
+
+# ------------------------------------------------------------------------------------------ what is measured and kept
+
+
+def test_metrics_say_what_was_done(one_device: TrainConfig) -> None:
+    steps = [line for line in read_metrics(one_device.folder) if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [3, 4, 6, 8, 9, 12]
+    for line in steps:
+        assert line["epoch"] == pytest.approx(line["step"] / STEPS)
+        expected = learning_rate_at(line["step"] - 1, peak=2.0 * BATCH / 256, total_steps=3 * STEPS, warmup_steps=STEPS)
+        assert line["learning_rate"] == pytest.approx(expected)
+        assert 0 < line["loss"] < math.log(2 * BATCH - 1) + 1
+        assert line["images_per_second"] > 0
+        assert -1 <= line["positive_similarity"] <= 1
+        assert 0 < line["projection_spread"] <= 1.0001
+    measured = [line for line in read_metrics(one_device.folder) if line["kind"] == "knn"]
+    assert [line["step"] for line in measured] == [STEPS, 2 * STEPS, 3 * STEPS]
+
+
+def test_the_best_checkpoint_is_the_epoch_with_the_best_validation_accuracy(one_device: TrainConfig) -> None:
+    measured = [line for line in read_metrics(one_device.folder) if line["kind"] == "knn"]
+    best = max(measured, key=lambda line: (line["knn_accuracy"], -line["step"]))  # the first of equals
+    pretrained = checkpoint.load_pretrained(one_device.folder)
+    assert (pretrained.step, pretrained.knn_accuracy) == (best["step"], best["knn_accuracy"])
+    assert pretrained.config == one_device
+    bank, queries = validation_split(NUM_IMAGES, 30)
+    with open_images(one_device.data, backend="memory") as source:
+        features = [evaluation.extract_features(pretrained.model.encoder, source, rows) for rows in (bank, queries)]
+    accuracy = evaluation.knn_accuracy(*features, k=20, num_classes=10)
+    assert accuracy == pytest.approx(best["knn_accuracy"])
+
+
+def test_the_first_step_is_what_torch_computes(images: Path, tmp_path: Path) -> None:
+    """One step by hand: plain SGD from the seed's weights on the first batch."""
+    config = settings(images, tmp_path / "run", stop_at_step=1, optimizer=OptimizerConfig(base_learning_rate=2.0))
+    run(config)
+
+    torch.manual_seed(config.seed)
+    model = SimCLR(config.model, 32).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0 * BATCH / 256, weight_decay=0)
+    facts = beton.load_facts(images)
+    stored, _ = beton.read(images)
+    plan = EpochPlan(np.arange(NUM_IMAGES), BATCH)
+    index = next(iter(plan.batches(0)))
+    mean, std = facts.normalisation
+    views = two_views(
+        torch.from_numpy(stored[index]),
+        index,
+        config.view_1,
+        config.view_2,
+        seed=0,
+        epoch=0,
+        size=32,
+        mean=mean,
+        std=std,
+    )
+    z = torch.nn.functional.normalize(model(torch.cat(views).double())[1], dim=1)
+    similarity = (z @ z.T / 0.5).fill_diagonal_(-math.inf)
+    positive = (torch.arange(2 * BATCH) + BATCH) % (2 * BATCH)
+    loss = (torch.logsumexp(similarity, dim=1) - similarity[torch.arange(2 * BATCH), positive]).mean()
+    torch.autograd.backward(loss)
+    # weight decay on matrices only, added to the gradient
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        if parameter.ndim > 1:
+            parameter.grad += 5e-4 * parameter.detach()
+    optimizer.step()
+    assert difference(model.state_dict(), weights(config)) < 1e-12
+    (line,) = lines(config)
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("why", ["unlabelled", "num_validation"])
+def test_without_labels_the_last_epoch_stands_for_the_best(images: Path, tmp_path: Path, why: str) -> None:
+    changes: dict[str, Any] = {"num_validation": 0}
+    if why == "unlabelled":
+        beton.write(tmp_path / "u.beton", draw(0, "train", 0, NUM_IMAGES)[0], np.full(NUM_IMAGES, -1), source="test")
+        changes = {"data": tmp_path / "u.beton"}
+    config = settings(images, tmp_path / "run", epochs=2, **changes)
+    run(config)
+    assert {line["kind"] for line in lines(config)} == {"step"}
+    pretrained = checkpoint.load_pretrained(config.folder)
+    assert (pretrained.epoch, pretrained.knn_accuracy) == (2, None)
+    assert is_equal(weights(config, checkpoint.BEST), weights(config))
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_every_precision_of_a_cpu_trains(images: Path, tmp_path: Path, precision: Any) -> None:
+    config = settings(images, tmp_path / "run", precision=precision, epochs=1)
+    run(config)
+    assert all(value.dtype != torch.float64 for value in weights(config).values())
+    manifest = json.loads((config.folder / "manifest.json").read_text())
+    if precision != "auto":
+        assert manifest["mixed_precision"] == {"bf16": "bf16", "fp32": "no"}[precision]
+
+
+def test_collapse_measures() -> None:
+    torch.manual_seed(0)
+    everywhere = torch.randn(4000, 16)
+    one_point = torch.ones(4000, 16)
+    similarity, spread = train_simclr.collapse_measures(everywhere, everywhere).tolist()
+    assert (similarity, spread) == (pytest.approx(1), pytest.approx(1, abs=0.02))
+    similarity, spread = train_simclr.collapse_measures(one_point, -one_point).tolist()
+    assert (similarity, spread) == (pytest.approx(-1), pytest.approx(0, abs=1e-6))
+
+
+def test_trackers_get_the_metrics(images: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = settings(images, tmp_path / "run", epochs=1, tracker="tensorboard")
+    run(config)
+    tracked = {}
+    for path in config.folder.rglob("events.*"):
+        events = accumulator.EventAccumulator(str(path)).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            tracked |= {event.step: event.value for event in events.Scalars("loss")}
+    assert tracked == pytest.approx({line["step"]: line["loss"] for line in lines(config) if line["kind"] == "step"})
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    one_device: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    run(dataclasses.replace(config, stop_at_step=5))
+    last = config.folder / checkpoint.LAST
+    saved = checkpoint.load_resumable(last)
+    saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)  # step 6 spoils the weights
+    checkpoint.save_atomically(last, saved)
+    good = last.read_bytes()
+    with pytest.raises(DivergedError, match=r"the loss is nan at step 7 .*last good checkpoint is .*/run/"):
+        run(config)
+    assert last.read_bytes() == good
+    assert max(line["step"] for line in lines(config)) == 6
+
+
+def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=3)
+    run(config)
+    last = config.folder / checkpoint.LAST
+    saved = checkpoint.load_resumable(last)
+    saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)
+    checkpoint.save_atomically(last, saved)
+    good = last.read_bytes()
+    with pytest.raises(DivergedError, match="weights are not finite after step 4"):
+        run(dataclasses.replace(config, stop_at_step=4))
+    assert last.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 2}, "world_size is 2, but the number of processes that take part is 1"),
+        ({"global_batch_size": 101}, "has 100 images, which do not fill one batch of 101"),
+        ({"num_validation": 100}, "num_validation 100 leaves none of the 100 images"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"resume": "must"}, "resume is must, but there is no"),
+        ({"model": ModelConfig(encoder="resnet19")}, "timm has no model named 'resnet19'"),
+        ({"data": Path("nowhere.beton")}, "nowhere.beton"),
+    ],
+)
+def test_what_cannot_run_is_refused_at_once(
+    images: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = settings(images, tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    assert not config.folder.exists()
+
+
+def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
+    beton.write(tmp_path / "w.beton", wide, np.arange(40) % 2, classes=["a", "b"], source="test")
+    with pytest.raises(ValueError, match="32 x 48 pixels; pretraining needs square ones"):
+        run(settings(tmp_path / "w.beton", tmp_path / "run"))
+
+
+@pytest.mark.distributed
+def test_a_batch_that_cannot_be_shared_is_refused_with_sizes_that_can(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", global_batch_size=23)
+    with pytest.raises(RankError, match="23 is not divisible by the 2 processes; use --global-batch-size 22 or 24"):
+        run(config, 2)
+
+
+def test_another_run_in_the_folder_is_neither_continued_nor_touched(one_device: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(one_device.folder, folder)
+    here = dataclasses.replace(one_device, output=folder)
+    beton.write(
+        tmp_path / "other.beton", *draw(1, "train", 0, NUM_IMAGES), classes=list(CLASSES), source="other shapes"
+    )
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = [
+        (dataclasses.replace(here, seed=7), "seed was 0 and is 7"),
+        (dataclasses.replace(here, epochs=9), "epochs was 3 and is 9"),
+        (
+            dataclasses.replace(here, optimizer=dataclasses.replace(here.optimizer, momentum=0.5)),
+            "optimizer.momentum was 0.9 and is 0.5",
+        ),
+        (dataclasses.replace(here, data=tmp_path / "other.beton"), "is of a run on other images"),
+        (dataclasses.replace(here, resume="never"), "resume is never, but .* holds a run"),
+    ]
+    for config, message in refused:
+        with pytest.raises(ValueError, match=message):
+            run(config)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_copies_that_srun_started_side_by_side_are_noticed(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match="srun started 4 tasks, but this process belongs to a group of 1"):
+        train_simclr.require_world_size(settings(images, tmp_path), 1)
+    train_simclr.require_world_size(settings(images, tmp_path), 4)
+    train_simclr.require_world_size(settings(images, tmp_path), 8)  # a launcher for each task
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "train_simclr.py", *map(str, arguments)],
+        cwd=Path(train_simclr.__file__).parent,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_line_shows_every_derived_number(images: Path, tmp_path: Path) -> None:
+    options = ["demo", "--data", images, "--output", tmp_path / "run", "--model.encoder", "small_resnet_w4"]
+    options += ["--epochs", 2, "--global-batch-size", BATCH, "--num-validation", 30, "--optimizer.warmup-epochs", 1]
+    options += ["--loader", "memory", "--optimizer.base-learning-rate", 0.5]
+    done = command(*options)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "per_device_batch_size = global_batch_size / world_size = 24 / 1 = 24 source images, 48 views",
+        "steps_per_epoch = floor(num_images / global_batch_size) = floor(100 / 24) = 4; 4 images sit out",
+        "total_steps = epochs * steps_per_epoch = 2 * 4 = 8",
+        "warmup_steps = warmup_epochs * steps_per_epoch = 1 * 4 = 4",
+        "peak_learning_rate = base_learning_rate * global_batch_size / 256 = 0.5 * 24 / 256 = 0.046875",
+        "parameters: encoder small_resnet_w4",
+        "weight decay",
+        "loader:     memory",
+        "validation kNN",
+    ):
+        assert line in done.stdout, line
+    assert "Traceback" not in done.stderr
+    again = command(*options)
+    assert again.returncode == 0
+    assert "finished:   nothing is left to do" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["demo", "--data", "nowhere.beton"], 1, "train_simclr.py: "),
+        (["demo", "--epoch", "3"], 2, "--epoch"),
+        (["cifar11"], 2, "cifar11"),
+    ],
+)
+def test_bad_words_on_the_command_line(arguments: list[str], code: int, message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
