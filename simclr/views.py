@@ -52,6 +52,7 @@ within about 1e-14 of a half-integer.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -526,92 +527,103 @@ def _float32(array: NDArray[Any], device: torch.device) -> Tensor:
     return _to_device(array.astype(np.float32), device)
 
 
-def _filter_rows(planes: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
+def _filter_rows(images: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of rows, with their own taps for each image.
 
     Args:
-        planes: (3, n, H, W), contiguous.
+        images: (n, H, ...), contiguous.
         taps: Rows to sum for each output row, int64, (n, S, K), in [0, H).
         weights: Their weights, float32, (n, S, K).
 
     Returns:
-        (3, n, S, W), contiguous.
+        (n, S, ...), contiguous.
     """
-    channels, n, height, width = planes.shape
+    n, height, *row = images.shape
     _, size, num_taps = taps.shape
-    first_row = torch.arange(0, channels * n * height, height, device=planes.device).view(channels, n, 1, 1)
+    first_row = torch.arange(0, n * height, height, device=images.device).view(n, 1, 1)
     # A bag is one output row: gather and weighted sum in one pass, in float32 also under autocast or TF32.
     rows = F.embedding_bag(
         (taps + first_row).view(-1, num_taps),
-        planes.view(-1, width),
+        images.view(n * height, math.prod(row)),
         mode="sum",
-        per_sample_weights=weights.expand(channels, -1, -1, -1).reshape(-1, num_taps),
+        per_sample_weights=weights.reshape(-1, num_taps),
     )
-    return rows.view(channels, n, size, width)
+    return rows.view(n, size, *row)
 
 
-def _filter_both(planes: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
-    """Filter columns, then rows, of (3, n, H, W); each argument is (taps, weights) of ``_filter_rows``."""
-    across = _filter_rows(planes.transpose(2, 3).contiguous(), *columns)  # (3, n, S, H)
-    return _filter_rows(across.transpose(2, 3).contiguous(), *rows)  # (3, n, S, S)
+def _filter_both(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]) -> Tensor:
+    """Filter rows, then columns, of (n, H, W, 3), contiguous; each argument is (taps, weights) of ``_filter_rows``.
+
+    Returns:
+        (3, n, S, S), contiguous.
+    """
+    # One name for all, so that each is freed as soon as the next is there and its memory is used again.
+    images = _filter_rows(images, rows[0], rows[1])  # (n, S, W, 3)
+    images = images.permute(0, 2, 3, 1).contiguous()
+    images = _filter_rows(images, columns[0], columns[1])  # (n, S, 3, S): column, channel, row
+    return images.permute(2, 0, 3, 1).contiguous()
 
 
 def _resize_taps(
-    start: Tensor, length: Tensor, mirrored: Tensor | None, *, size: int, num_taps: int, radius: int
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    mirrored: NDArray[np.bool_],
+    *,
+    size: int,
+    radius: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Taps and weights that resize pixels [start, start + length) of one axis to ``size`` pixels.
 
     The filter is as wide as a source pixel when enlarging and as a view pixel when shrinking (antialiasing);
-    taps outside of the crop are left out and the others normalised, as torchvision and Pillow do.
+    taps outside of the crop are left out and the others normalised, as torchvision and Pillow do. Many crops have
+    the same length, so that the weights are computed once for each length and looked up for each image.
 
     Args:
-        start: First pixel of each crop, float64, (n,).
-        length: Pixels of each crop, float64, (n,).
-        mirrored: Whether to reverse the result, bool, (n,), or None for never.
+        start: First pixel of each crop, (n,).
+        length: Pixels of each crop, (n,).
+        mirrored: Whether to reverse the result, (n,).
         size: S.
-        num_taps: K, enough for the longest crop.
         radius: 1 for the triangle (bilinear), 2 for Keys' cubic with a = -1/2 (bicubic).
+        device: Where to put them.
 
     Returns:
         Taps, int64, and weights, float32, both (n, S, K).
     """
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
-    pixel = torch.arange(size, dtype=torch.float64, device=start.device).view(1, -1, 1)
-    if mirrored is not None:
-        pixel = torch.where(mirrored.view(-1, 1, 1), size - 1 - pixel, pixel)
-    scale = length / size
-    stretch = scale.clamp(min=1)
+    kinds, kind = np.unique(2 * length + mirrored, return_inverse=True)
+    lengths, is_mirrored = (kinds // 2)[:, None, None].astype(np.float64), (kinds % 2 == 1)[:, None, None]
+    pixel = np.arange(size)[:, None]
+    pixel = np.where(is_mirrored, size - 1 - pixel, pixel)
+    scale = lengths / size
+    stretch = np.maximum(scale, 1)
     centre = (pixel + 0.5) * scale
-    # The taps start at the first source pixel whose centre is inside the filter.
-    tap = torch.floor(centre - radius * stretch + 0.5) + torch.arange(num_taps, device=start.device)
-    distance = ((tap + 0.5 - centre) / stretch).abs_()
+    # The taps start at the first source pixel whose centre is inside the filter, and end with the last one.
+    num_taps = math.ceil(2 * radius * stretch.max(initial=1))
+    tap = np.floor(centre - radius * stretch + 0.5) + np.arange(num_taps)
+    distance = np.abs(tap + 0.5 - centre) / stretch
     if radius == 1:
-        weight = (1 - distance).clamp_(min=0)
+        weight = np.maximum(1 - distance, 0)
     else:
         near = (1.5 * distance - 2.5) * distance * distance + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        weight = torch.where(distance < 1, near, far).mul_(distance < 2)
-    weight.mul_((tap >= 0) & (tap < length))
-    weight.div_(weight.sum(dim=2, keepdim=True))
-    taps = torch.minimum(tap.clamp_(min=0), length - 1) + start
-    return taps.long(), weight.float()
+        weight = np.where(distance < 1, near, far) * (distance < 2)
+    weight *= (tap >= 0) & (tap < lengths)
+    weight /= weight.sum(axis=2, keepdims=True)
+    tap = tap.clip(0, lengths - 1)
+    index = _to_device(kind, device)
+    taps = _to_device(tap.astype(np.int64), device).index_select(0, index)
+    taps += _to_device(start, device).view(-1, 1, 1)
+    return taps, _float32(weight, device).index_select(0, index)
 
 
 def _crop_resize_flip(image: Tensor, p: ViewParameters, size: int, interpolation: Interpolation) -> Tensor:
     """Pixels in [0, 1] of the resized and possibly mirrored crops, (3, b, S, S)."""
-    radius = 1 if interpolation == "bilinear" else 2
-
-    def taps(start: Tensor, length: Tensor, longest: int, mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
-        num_taps = math.ceil(2 * radius * max(1.0, longest / size)) + 1
-        return _resize_taps(start, length, mirrored, size=size, num_taps=num_taps, radius=radius)
-
-    boxes = np.stack([p.crop_top, p.crop_height, p.crop_left, p.crop_width]).astype(np.float64)
-    top, height, left, width = _to_device(boxes, image.device)
-    planes = image.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    longest_height, longest_width = int(p.crop_height.max(initial=1)), int(p.crop_width.max(initial=1))
-    rows = taps(top, height, longest_height, None)
-    columns = taps(left, width, longest_width, _to_device(p.flip, image.device))
-    return _filter_both(planes, rows, columns).div_(255)
+    taps = functools.partial(
+        _resize_taps, size=size, radius=1 if interpolation == "bilinear" else 2, device=image.device
+    )
+    rows = taps(p.crop_top, p.crop_height, np.zeros_like(p.flip))
+    columns = taps(p.crop_left, p.crop_width, p.flip)
+    return _filter_both(image.to(torch.float32, memory_format=torch.contiguous_format), rows, columns).div_(255)
 
 
 def _luma(planes: Tensor) -> Tensor:
@@ -711,7 +723,8 @@ def _blur(planes: Tensor, p: ViewParameters, spec: ViewSpec) -> None:
         _to_device(taps, planes.device).expand(shape),
         _float32(weight[:, None], planes.device).expand(shape),
     )
-    planes.index_copy_(1, index, _filter_both(planes.index_select(1, index), both, both))
+    blurred = _filter_both(planes.index_select(1, index).permute(1, 2, 3, 0).contiguous(), both, both)
+    planes.index_copy_(1, index, blurred)
 
 
 def _solarise(planes: Tensor, p: ViewParameters, threshold: float) -> None:
@@ -722,17 +735,14 @@ def _solarise(planes: Tensor, p: ViewParameters, threshold: float) -> None:
 
 
 def _normalise(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(planes - mean) / std of (3, b, H, W) as channels_last (b, 3, H, W)."""
+    """(planes - mean) / std of (3, b, H, W) as channels_last (b, 3, H, W); overwrites ``planes``."""
     if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
         raise ValueError(f"mean must be 3 finite numbers, one per channel, got {mean!r}")
     if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
         raise ValueError(f"std must be 3 finite numbers > 0, one per channel, got {std!r}")
-    scale = 1 / np.asarray(std, dtype=np.float64)
-    factor, offset = _float32(np.stack([scale, -np.asarray(mean) * scale]), planes.device)
-    pixels = planes.permute(1, 2, 3, 0)
-    view = torch.empty(pixels.shape, device=planes.device)
-    torch.addcmul(offset, pixels, factor, out=view)
-    return view.permute(0, 3, 1, 2)
+    for plane, centre, scale in zip(planes, mean, std, strict=True):
+        plane.sub_(centre).div_(scale)
+    return planes.permute(1, 2, 3, 0).contiguous().permute(0, 3, 1, 2)
 
 
 # Checking input
