@@ -427,8 +427,8 @@ def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, st
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "the GPU computes with it") if has_bf16 else ("fp32", "the GPU is older than bf16")
     if runlog.cpu_has_fast_bf16():
-        return "bf16", "the CPU has instructions for it"
-    return "fp32", "the CPU has no instructions for bf16"
+        return "bf16", "the CPU has AMX"
+    return "fp32", "the CPU has no AMX, and bf16 would be slower"
 
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:

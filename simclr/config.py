@@ -101,7 +101,7 @@ class TrainConfig:
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
-    or CPU has instructions for it, else fp32. fp64: everything in float64, to show that two runs are the same."""
+    or CPU is fast at it, else fp32. fp64: everything in float64, to show that two runs are the same."""
 
     global_batch_norm: bool = True
     """Batch normalisation over all devices, so that several devices compute what one would."""
