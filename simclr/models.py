@@ -5,11 +5,13 @@ Shape letters: b images, H x W pixels, D representation width, d projection widt
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import convert_sync_batchnorm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -101,12 +103,17 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         return encoder
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name}*")[:5] or timm.list_models("resnet*")[:5]
-        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}")
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
+        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN")
     if stem == "auto":
         stem = "cifar" if image_size <= SMALL_IMAGE else "original"
-    pretrained = timm.get_pretrained_cfg(name)
-    first_conv = pretrained.first_conv if pretrained else None
+    try:
+        facts = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"timm has no model named {name!r}: {error} (the weights are random, so no tag is needed)"
+        ) from error
+    first_conv = facts.first_conv if facts else None
     is_transformer = isinstance(first_conv, str) and first_conv.startswith("patch_embed")
     if is_transformer:
         # A transformer has no strided stem to replace: small images get small patches, and the position
@@ -176,8 +183,12 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
     parent_name, _, attribute = first_conv.rpartition(".")
     parent = encoder.get_submodule(parent_name)
     old = encoder.get_submodule(first_conv)
-    if not isinstance(old, nn.Conv2d):
-        raise ValueError(f"the first layer of {name}, {first_conv}, is no convolution; use stem original")
+    # Another subclass, such as one that standardises its weights, has its reasons.
+    if not isinstance(old, nn.Conv2d) or type(old) not in (nn.Conv2d, Conv2dSame):
+        raise ValueError(
+            f"the first layer of {name}, {first_conv}, is a {type(old).__name__}, not a plain convolution; "
+            "use stem original"
+        )
     kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (2, 2, 0)
     new = nn.Conv2d(3, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
