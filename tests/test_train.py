@@ -353,7 +353,7 @@ def test_trackers_get_the_metrics(images: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = settings(images, tmp_path / "run", epochs=1, tracker="tensorboard")
     run(config)
-    tracked = {}
+    tracked: dict[int, float] = {}
     for path in config.folder.rglob("events.*"):
         events = accumulator.EventAccumulator(str(path)).Reload()
         if "loss" in events.Tags()["scalars"]:

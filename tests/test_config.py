@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simclr.beton import Facts
+from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, TrainConfig, derive, from_json, to_json
+from simclr.models import ModelConfig, SimCLR
+from simclr.presets import DEFAULT, PRESETS, parse_train_config
+from simclr.views import ViewSpec
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole_and_build(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.config.name == name
+    assert preset.source
+    assert "measured" in preset.expected or "%" in preset.expected
+    assert preset.command == f"accelerate launch train_simclr.py {name}"
+    assert SimCLR(preset.config.model, 32).representation_dim >= 128
+    derived = derive(preset.config, 50_000, 1)
+    assert derived.total_steps == preset.config.epochs * (50_000 // preset.config.global_batch_size)
+    assert from_json(TrainConfig, to_json(preset.config)) == preset.config
+
+
+@pytest.mark.parametrize("encoder", ["resnet18"])
+@pytest.mark.parametrize("method", ["simclr", "barlow"])
+@pytest.mark.parametrize("epochs", [100, 1000])
+def test_cifar10_presets_of_both_methods(method: str, epochs: int, encoder: str) -> None:
+    config = PRESETS[f"cifar10-{method}-{epochs}"].config
+    assert (config.epochs, config.model.encoder) == (epochs, encoder)
+    assert config.loss.name == {"simclr": "nt_xent", "barlow": "barlow_twins"}[method]
+
+
+def test_derived_numbers() -> None:
+    config = TrainConfig(
+        epochs=100, global_batch_size=512, optimizer=OptimizerConfig(base_learning_rate=0.06, warmup_epochs=2.5)
+    )
+    derived = derive(config, 50_000, 4)
+    assert derived.per_device_batch_size == 128
+    assert (derived.steps_per_epoch, derived.left_out_per_epoch) == (97, 336)
+    assert derived.total_steps == 9700
+    assert derived.warmup_steps == 242  # 2.5 * 97 = 242.5, rounded to even
+    assert derived.peak_learning_rate == pytest.approx(0.12)
+    # The schedule does not depend on the number of devices.
+    one = derive(config, 50_000, 1)
+    assert dataclasses.replace(one, world_size=4, per_device_batch_size=128) == derived
+    for equation in derived.equations(config):
+        assert "=" in equation
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_images", "world_size", "message"),
+    [
+        ({"global_batch_size": 510}, 50_000, 4, "510 is not divisible by the 4 processes; .* 508 or 512"),
+        ({"global_batch_size": 2}, 50_000, 4, "use --global-batch-size 4"),
+        ({"global_batch_size": 512}, 500, 2, "has 500 images, which do not fill one batch of 512; .* 500"),
+        ({"num_validation": 5000}, 5000, 1, "leaves none of the 5000 images .* use --num-validation 500"),
+    ],
+)
+def test_numbers_that_do_not_fit_name_those_that_do(
+    changes: dict[str, Any], num_images: int, world_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        derive(TrainConfig(**changes), num_images, world_size)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (TrainConfig, {"epochs": 0}, "epochs is 0, expected at least 1"),
+        (TrainConfig, {"seed": -1}, "seed is -1"),
+        (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
+        (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
+        (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
+        (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
+        (TrainConfig, {"optimizer": OptimizerConfig(momentum=1)}, "momentum is 1"),
+        (TrainConfig, {"optimizer": OptimizerConfig(gradient_clip_norm=0)}, "or None for no clipping"),
+        (TrainConfig, {"loss": LossConfig(temperature=0)}, "temperature is 0, expected > 0"),
+        (TrainConfig, {"loss": LossConfig(off_diagonal_weight=-1)}, "off_diagonal_weight is -1"),
+        (ModelConfig, {"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        (ProbeConfig, {"run": Path("x"), "epochs": 0}, "epochs is 0"),
+        (ProbeConfig, {"run": Path("x"), "learning_rates": (0.1, 0.0)}, "learning_rates is .*, expected all > 0"),
+    ],
+)
+def test_fields_out_of_range_are_named(part: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        part(**changes)
+
+
+def test_json_gives_an_equal_configuration_back() -> None:
+    config = TrainConfig(
+        data=Path("a b/c.beton"),
+        output=Path("d"),
+        stop_at_step=3,
+        optimizer=OptimizerConfig(gradient_clip_norm=1.5, base_learning_rate=1e-5),
+        view_1=ViewSpec(crop_scale=(0.3, 0.9), blur_kernel=5),
+    )
+    assert from_json(TrainConfig, to_json(config)) == config
+    probe = ProbeConfig(run=Path("r"), mode="finetune", learning_rates=(0.5,))
+    assert from_json(ProbeConfig, to_json(probe)) == probe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("seed"), r"missing fields \['seed'\]"),
+        (lambda c: c.update(speed=1), r"unknown fields \['speed'\]"),
+        (lambda c: c.update(seed="0"), "TrainConfig.seed: expected int, got '0'"),
+        (lambda c: c.update(epochs=True), "TrainConfig.epochs: expected int, got True"),
+        (lambda c: c.update(precision="fp8"), "TrainConfig.precision: 'fp8' is none of"),
+        (lambda c: c["optimizer"].update(momentum=None), "TrainConfig.optimizer.momentum: expected float"),
+        (lambda c: c["view_1"].update(crop_scale=[0.1]), "TrainConfig.view_1.crop_scale: expected a list of 2"),
+        (lambda c: c.update(model=3), "TrainConfig.model: expected an object"),
+    ],
+)
+def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -> None:
+    values = json.loads(to_json(TrainConfig()))
+    change(values)
+    with pytest.raises(ValueError, match=message):
+        from_json(TrainConfig, json.dumps(values))
+
+
+def test_a_table_comes_back_from_json() -> None:
+    facts = Facts(1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c", 1, "f", {})
+    facts = dataclasses.replace(facts, written_by={"simclr": "0.1"})
+    assert from_json(Facts, to_json(facts)) == facts
+    with pytest.raises(ValueError, match=r"Facts.written_by.*: expected str, got 1"):
+        from_json(Facts, to_json(facts).replace('"0.1"', "1"))
+
+
+def test_the_command_line_overrides_single_fields_of_a_preset() -> None:
+    words = (
+        "cifar10-simclr-1000 --seed 3 --optimizer.base-learning-rate 0.5 --view-2.blur-probability 0.5 --data x.beton"
+    )
+    config = parse_train_config(words.split())
+    preset = PRESETS["cifar10-simclr-1000"].config
+    assert config == dataclasses.replace(
+        preset,
+        seed=3,
+        data=Path("x.beton"),
+        optimizer=dataclasses.replace(preset.optimizer, base_learning_rate=0.5),
+        view_2=dataclasses.replace(preset.view_2, blur_probability=0.5),
+    )
+    assert config.folder == Path("results/cifar10-simclr-1000-seed3")
+    assert dataclasses.replace(config, name="mine").folder == Path("results/mine-seed3")
+    assert dataclasses.replace(config, output=Path("there")).folder == Path("there")
+
+
+def test_without_a_preset_the_default_is_meant() -> None:
+    assert parse_train_config([]) == PRESETS[DEFAULT].config
+    assert parse_train_config(["--seed", "4"]) == dataclasses.replace(PRESETS[DEFAULT].config, seed=4)
+
+
+@pytest.mark.parametrize(
+    "words", [["nope"], ["demo", "--sed", "1"], ["demo", "--seed", "x"], ["demo", "--epochs", "0"]]
+)
+def test_unknown_words_end_the_program(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_train_config(words)
+    assert ended.value.code == 2
+    assert words[-1] in capsys.readouterr().err or words[1] in capsys.readouterr().err
