@@ -46,23 +46,32 @@ def learning_rate_at(
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled per parameter tensor by the ratio of its norm to its gradient's.
 
-    For a tensor w with gradient g, g' = g + weight_decay * w, the scale is
-    ``trust_coefficient * |w| / |g'|``, and 1 where either norm is 0 (so that parameters that start at zero do
-    move) or where the group says ``adapt=False``.
+    For a tensor w with gradient g, at learning rate lr::
+
+        g' = g + weight_decay * w
+        scale = trust_coefficient * |w| / |g'|          (clip: min(scale / lr, 1))
+        buffer = momentum * buffer + scale * g'
+        w = w - lr * buffer
+
+    The scale is 1 where either norm is 0, so that parameters that start at zero do move, and where the group says
+    ``adapt=False``.
 
     Args:
         params: Parameters or groups; a group may set ``adapt``, ``weight_decay`` and the other options.
-        lr: Learning rate.
+        lr: Learning rate, >= 0.
         momentum: In [0, 1).
-        weight_decay: Added to the gradient as ``weight_decay * w``.
-        trust_coefficient: eta.
-        clip: Whether the scale is limited to ``1 / lr``, so that scale * lr is at most 1: LARC's clipping, which
-            solo-learn calls ``clip_lr``. Otherwise unlimited.
+        weight_decay: Added to the gradient as ``weight_decay * w``; >= 0.
+        trust_coefficient: eta, > 0.
+        clip: Whether the layer's own learning rate ``trust_coefficient * |w| / |g'|`` replaces lr, which is its upper
+            limit, instead of multiplying it: LARC's clipping, which solo-learn calls ``clip_lr``.
         adapt: Whether the scale is used at all.
 
+    Raises:
+        ValueError: If an option lies outside its range.
+
     Source:
-        You et al. 2017, arXiv:1708.03888, with the decayed gradient's norm in the denominator as the SimCLR and
-        Barlow Twins authors' code has it.
+        You et al. 2017, arXiv:1708.03888, with the decayed gradient's norm in the denominator as the Barlow Twins
+        authors' code has it (the paper and solo-learn: |g| + weight_decay * |w|, which is at least as large).
     """
 
     def __init__(
@@ -85,6 +94,15 @@ class LARS(torch.optim.Optimizer):
             "adapt": adapt,
         }
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            for name, holds, expected in (
+                ("lr", group["lr"] >= 0, "at least 0"),
+                ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
+                ("weight_decay", group["weight_decay"] >= 0, "at least 0"),
+                ("trust_coefficient", group["trust_coefficient"] > 0, "> 0"),
+            ):
+                if not holds:
+                    raise ValueError(f"LARS: {name} is {group[name]}, expected {expected}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -106,7 +124,7 @@ class LARS(torch.optim.Optimizer):
             weight_norm, update_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
             scale = group["trust_coefficient"] * weight_norm / update_norm
             if group["clip"]:
-                scale = torch.clamp(scale / group["lr"], max=1.0) if group["lr"] > 0 else scale
+                scale = (scale / group["lr"]).clamp(max=1.0)  # lr 0 gives infinity, hence 1
             update *= torch.where((weight_norm > 0) & (update_norm > 0), scale, torch.ones_like(scale))
         state = self.state[parameter]
         if "momentum_buffer" not in state:
