@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Generator, Iterator
@@ -54,6 +56,26 @@ def cifar10_jpeg(request: pytest.FixtureRequest) -> Path:
                 tar.extractall(f"{partial}/images", filter="data")
             Path(partial, "images").rename(folder)
         assert _count_images(folder) == CIFAR10_JPEG_COUNTS
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_beton(request: pytest.FixtureRequest, cifar10_jpeg: Path) -> Path:
+    """Return a folder with train.beton and test.beton of all of CIFAR-10, kept until the code that makes them changes.
+
+    They are made by the command that a user would type.
+    """
+    root = request.config.rootpath
+    code = b"".join(path.read_bytes() for path in [*sorted(root.glob("data_prep/*.py")), root / "simclr" / "beton.py"])
+    key = hashlib.sha256(CIFAR10_JPEG_SHA256.encode() + code).hexdigest()[:12]
+    folder = root / ".cache" / f"cifar10-beton-{key}"
+    if not folder.exists():
+        for stale in root.glob(".cache/cifar10-beton-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            command = ["imagefolder", "--root", str(cifar10_jpeg), "--output", f"{partial}/files"]
+            subprocess.run([sys.executable, "-m", "data_prep", *command], cwd=root, check=True)
+            Path(partial, "files").rename(folder)
     return folder
 
 
