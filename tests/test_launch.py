@@ -1,0 +1,405 @@
+"""Every documented way to start pretraining is started here, and gives the weights that one process gives.
+
+SLURM itself is not needed: its job script runs with the variables that SLURM sets, and with stand-ins for ``srun``
+and ``scontrol`` that do on this machine what those do on one node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from data_prep.convert import Storage, convert
+from data_prep.shapes import shapes
+from simclr import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "accelerate_configs"
+JOBS = ROOT / "slurm"
+NUM_IMAGES = 64
+BATCH = 16
+STEPS = 2 * NUM_IMAGES // BATCH
+
+# A small run in float64, where two runs that are the same differ by rounding alone.
+SMALL_RUN = (
+    f"cifar10-simclr-100 --epochs 2 --global-batch-size {BATCH} --model.encoder small_resnet_w8 "
+    "--model.projector-hidden 16 --model.projection-dim 8 --num-validation 0 --loader memory --precision fp64"
+)
+needs_bash = pytest.mark.skipif(sys.platform != "linux", reason="the job scripts need bash and run on Linux")
+
+
+# ------------------------------------------------------------------------------------------ starting and looking
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "train.beton"
+    convert(shapes(0, "train", NUM_IMAGES), path, Storage())
+    return path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment as a login shell would have it, on the CPU, with ``variables`` on top."""
+    foreign = re.compile(
+        r"ACCELERATE_|SLURM_|OMPI_|PMI_|PET_|TORCHELASTIC_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_|VENV$"
+    )
+    clean = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    clean |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}",
+        "HF_HOME": os.devnull,  # no accelerate configuration of the user's own
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    return clean | variables
+
+
+@contextlib.contextmanager
+def started(*command: str | Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Start a command in the project's folder; at the end nothing that it started is left."""
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=env or environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Return exit status and output of a command."""
+    with started(*command, env=env) as process:
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+
+def accelerate(config: str, *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return [*launcher, "--config_file", str(CONFIGS / config), *options]
+
+
+def small_run(images: Path, output: Path, world_size: int) -> list[str]:
+    words = [*shlex.split(SMALL_RUN), "--data", str(images), "--output", str(output)]
+    return ["train_simclr.py", *words, "--world-size", str(world_size)]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    model: dict[str, Tensor] = checkpoint.load_safely(folder / checkpoint.LAST)["model"]
+    return model
+
+
+def assert_is_the_run(folder: Path, reference: Path, world_size: int, tolerance: float = 1e-10) -> None:
+    """All steps were taken, by ``world_size`` processes together, and the weights are those of one process."""
+    derived = json.loads((folder / "manifest.json").read_text())["derived"]
+    assert derived["world_size"] == world_size
+    assert derived["per_device_batch_size"] == BATCH // world_size
+    assert checkpoint.load_safely(folder / checkpoint.LAST)["step"] == STEPS
+    found, expected = weights(folder), weights(reference)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=tolerance, atol=tolerance), name
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def one_process(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, started without any launcher."""
+    folder = tmp_path_factory.mktemp("run") / "one"
+    status, output = run(sys.executable, *small_run(images, folder, 1))
+    assert status == 0, output
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ accelerate's files
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    distributed_type: DistributedType
+    num_processes: int
+    num_machines: int = 1
+
+
+# -1 is accelerate's word for "must be given": it then starts nothing without --num_processes.
+EXPECTED = {
+    "cpu.yaml": Expected(DistributedType.MULTI_GPU, 1),
+    "single_gpu.yaml": Expected(DistributedType.NO, 1),
+    "multi_gpu.yaml": Expected(DistributedType.MULTI_GPU, -1),
+    "multi_node.yaml": Expected(DistributedType.MULTI_GPU, -1, num_machines=2),
+}
+
+
+def test_every_configuration_is_known_here() -> None:
+    assert {path.name for path in CONFIGS.iterdir()} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_reads_a_configuration_as_meant(name: str) -> None:
+    # Refuses unknown keys.
+    config = load_config_from_file(str(CONFIGS / name))
+    assert isinstance(config, ClusterConfig)
+    expected = EXPECTED[name]
+    assert config.distributed_type == expected.distributed_type
+    assert config.num_processes == expected.num_processes
+    assert config.num_machines == expected.num_machines
+    assert config.use_cpu is (name == "cpu.yaml")
+    assert config.mixed_precision is None, "precision is TrainConfig's alone"
+    assert not config.dynamo_config
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_configuration_begins_with_the_command_that_uses_it(name: str) -> None:
+    head = (CONFIGS / name).read_text().split("\n#\n")[0]
+    commands = [line.removeprefix("# ") for line in head.splitlines() if "accelerate launch" in line]
+    assert commands
+    for command in commands:
+        assert f"--config_file accelerate_configs/{name} " in command
+        launcher, words = command.split(" train_simclr.py ")
+        stated = re.search(r"--num_processes (\d+)", launcher)
+        if stated or name == "single_gpu.yaml":
+            assert words.endswith(f"--world-size {stated[1] if stated else 1}")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_cpu_configuration_starts_one_process_unless_told_and_hides_gpus(
+    images: Path, one_process: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "look_and_train.py"
+    script.write_text(
+        "import os, runpy\n"
+        "print('visible GPUs:', os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "runpy.run_path('train_simclr.py', run_name='__main__')\n"
+    )
+    env = environment(PYTHONPATH=str(ROOT))
+    del env["ACCELERATE_USE_CPU"]  # the file alone decides
+    _, *options = small_run(images, tmp_path / "run", 1)
+    status, output = run(*accelerate("cpu.yaml"), script, *options, env=env)
+    assert status == 0, output
+    assert "visible GPUs: -1,-1" in output
+    assert "1 process on cpu (" in output
+    assert_is_the_run(tmp_path / "run", one_process, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_cpu_configuration_starts_as_many_processes_as_told(images: Path, one_process: Path, tmp_path: Path) -> None:
+    env = environment()
+    del env["ACCELERATE_USE_CPU"]
+    launcher = accelerate("cpu.yaml", "--num_processes", "2")
+    status, output = run(*launcher, *small_run(images, tmp_path / "run", 2), env=env)
+    assert status == 0, output
+    assert "2 processes on cpu (" in output
+    assert_is_the_run(tmp_path / "run", one_process, 2)
+
+
+def launch_from_here(*words: str) -> None:
+    """What ``accelerate launch WORDS`` does, without importing everything anew."""
+    launch_command(launch_command_parser().parse_args(list(words)))
+
+
+@pytest.mark.parametrize("name", ["multi_gpu.yaml", "multi_node.yaml"])
+def test_the_number_of_gpus_must_be_given(name: str) -> None:
+    with pytest.raises(ValueError, match="You need to manually pass in `--num_processes`"):
+        launch_from_here("--config_file", str(CONFIGS / name), str(ROOT / "train_simclr.py"), "demo")
+
+
+@pytest.mark.parametrize("device", [["--cpu"], ["--config_file", str(CONFIGS / "single_gpu.yaml")]])
+def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(
+    images: Path, tmp_path: Path, device: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(subprocess.CalledProcessError):
+        launch_from_here(*device, "--num_processes", "2", *small_run(images, tmp_path / "run", 2))
+    message = capfd.readouterr().err
+    assert "world_size is 2" in message
+    assert "accelerate_configs/cpu.yaml --num_processes N" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_machines(images: Path, one_process: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def machine(rank: int) -> list[str]:
+        meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        launcher = accelerate("multi_node.yaml", "--machine_rank", str(rank), *meeting, "--num_processes", "2")
+        return [*launcher, *small_run(images, folder, 2)]
+
+    port = free_port()
+    with started(*machine(0)) as first, started(*machine(1)) as second:
+        outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert_is_the_run(folder, one_process, 2)
+    assert ["2 processes on cpu" in output for output in outputs] == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_gpu.yaml", "multi_gpu.yaml"])
+def test_gpu_configurations(images: Path, one_process: Path, tmp_path: Path, name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    world_size = 1 if name == "single_gpu.yaml" else 2
+    if torch.cuda.device_count() < world_size:
+        pytest.skip("one GPU only")
+    env = environment()
+    for variable in ("ACCELERATE_USE_CPU", "GLOO_SOCKET_IFNAME"):
+        del env[variable]
+    options = ["--num_processes", str(world_size)] if world_size > 1 else []
+    status, output = run(*accelerate(name, *options), *small_run(images, tmp_path / "run", world_size), env=env)
+    assert status == 0, output
+    # The views are float32, and are computed by another device than the reference's.
+    assert_is_the_run(tmp_path / "run", one_process, world_size, tolerance=1e-4)
+    assert "on cuda (" in output
+
+
+# ------------------------------------------------------------------------------------------ SLURM's job scripts
+
+
+@pytest.fixture
+def one_node(tmp_path: Path) -> dict[str, str]:
+    """The variables of a job on one node with two GPUs, and stand-ins for the two commands that a job calls."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    srun = """\
+        #!/bin/bash
+        echo "srun $*" | head -n 1 >> "$SRUN_CALLS"
+        while [[ $1 == --* ]]; do shift; done
+        SLURM_NODEID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 exec "$@"
+        """
+    for name, text in {
+        "srun": srun,
+        "scontrol": "#!/bin/bash\n[ \"$*\" = 'show hostnames here' ] && echo 127.0.0.1\n",
+    }.items():
+        tool = tools / name
+        tool.write_text(re.sub(r"(?m)^ {8}", "", text))
+        tool.chmod(0o755)
+    env = environment(
+        SLURM_JOB_ID=str(free_port()),
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_JOB_NODELIST="here",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_CPUS_PER_TASK="2",
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SRUN_CALLS=str(tmp_path / "calls"),
+        VENV=sys.prefix,
+    )
+    return env | {"PATH": f"{tools}{os.pathsep}{env['PATH']}"}
+
+
+@needs_bash
+@pytest.mark.parametrize("path", sorted(JOBS.iterdir()), ids=lambda path: path.name)
+def test_job_scripts_are_well_formed(path: Path) -> None:
+    assert run("bash", "-n", path) == (0, "")
+    if shutil.which("shellcheck"):
+        assert run("shellcheck", "-x", path) == (0, "")
+
+
+@needs_bash
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_pretraining_job(images: Path, one_process: Path, one_node: dict[str, str], tmp_path: Path) -> None:
+    preset, *options = shlex.split(SMALL_RUN)
+    folder = tmp_path / "run with a space"
+    # The job uses torchrun, which does not set this; without a GPU, training must find its way to gloo by itself.
+    env = one_node | {"CUDA_VISIBLE_DEVICES": ""}
+    del env["ACCELERATE_USE_CPU"]
+    status, output = run("bash", JOBS / "pretrain.sbatch", images, preset, *options, "--output", folder, env=env)
+    assert status == 0, output
+    port = 10_000 + int(env["SLURM_JOB_ID"]) % 20_000
+    assert f"1 node(s) x 2 processes = 2, meeting at 127.0.0.1:{port}; 1 CPU threads each" in output
+    assert "2 processes on cpu" in output
+    assert_is_the_run(folder, one_process, 2)
+    assert (
+        (tmp_path / "calls")
+        .read_text()
+        .startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 ")
+    )
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        ([], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch DATA PRESET"),
+        (["DATA", "--seed", "1"], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch DATA PRESET"),
+        (["nowhere.beton", "demo"], {}, "there is no nowhere.beton; write it first: python -m data_prep --help"),
+        (["DATA", "demo"], {"SLURM_GPUS_ON_NODE": ""}, "no GPUs were granted: sbatch --gpus-per-node=N"),
+        (["DATA", "demo"], {"VENV": "/nowhere"}, "there is no Python in /nowhere: run scripts/setup.sh"),
+        (
+            ["DATA", "demo"],
+            {"SLURM_SUBMIT_DIR": "/"},
+            "/ holds no train_simclr.py: submit from the folder of the project",
+        ),
+        (["DATA", "demo"], {"SLURM_SUBMIT_DIR": ""}, "submit this file with sbatch"),
+    ],
+)
+def test_pretraining_job_refuses_at_once(
+    images: Path, one_node: dict[str, str], arguments: list[str], variables: dict[str, str], message: str
+) -> None:
+    words = [str(images) if word == "DATA" else word for word in arguments]
+    status, output = run("bash", JOBS / "pretrain.sbatch", *words, env=one_node | variables)
+    assert status != 0
+    assert message in output
+    assert not Path(one_node["SRUN_CALLS"]).exists()
+
+
+@needs_bash
+def test_probe_job_hands_its_options_on(one_node: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run with a space"
+    folder.mkdir()
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nprintf '[%s]' \"$@\"\n")
+    python.chmod(0o755)
+    env = one_node | {"VENV": str(tmp_path / "venv")}
+    status, output = run("bash", JOBS / "probe.sbatch", folder, "--mode", "finetune", env=env)
+    assert (status, output) == (0, f"[linear_probe.py][--run][{folder}][--mode][finetune]")
+
+
+@needs_bash
+@pytest.mark.parametrize("run_folder", [[], ["results/none"]])
+def test_probe_job_needs_a_run(one_node: dict[str, str], run_folder: list[str]) -> None:
+    status, output = run("bash", JOBS / "probe.sbatch", *run_folder, env=one_node)
+    assert status != 0
+    expected = "there is no run results/none; pretraining (slurm/pretrain.sbatch) makes it" if run_folder else "usage:"
+    assert expected in output
+    assert not Path(one_node["SRUN_CALLS"]).exists()
