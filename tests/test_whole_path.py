@@ -1,0 +1,88 @@
+"""The commands of the README on real CIFAR-10: pretraining on 2 processes and on 1, linear probe, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_simclr
+from simclr import checkpoint
+from simclr.runlog import read_metrics
+
+ROOT = Path(train_simclr.__file__).parent
+CPU = ("--config_file", "accelerate_configs/cpu.yaml")
+STEPS = 50
+EPOCH = 50_000 // 256
+
+
+def run(*command: object, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_beton: Path, tmp_path: Path) -> None:
+    launch = (sys.executable, "-m", "accelerate.commands.launch", *CPU)
+    options: tuple[object, ...] = ("cpu-simclr", "--data", cifar10_beton / "train.beton", "--epochs", 1)
+    options += ("--optimizer.warmup-epochs", 0.2, "--log-every-steps", 1)
+    options += ("--model.encoder", "small_resnet_w16", "--global-batch-size", 256, "--precision", "fp32")
+    two, one = tmp_path / "two", tmp_path / "one"
+
+    said = run(*launch, "--num_processes", 2, "train_simclr.py", *options, "--world-size", 2,
+               "--output", two, "--stop-at-step", STEPS)  # fmt: skip
+    assert f"steps_per_epoch = floor(num_images / global_batch_size) = floor(50000 / 256) = {EPOCH}" in said
+    assert "global_batch_size / world_size = 256 / 2 = 128 source images" in said
+    assert said.count("total_steps") == 1  # printed by one process only
+    run(sys.executable, "train_simclr.py", *options, "--world-size", 1, "--output", one, "--stop-at-step", STEPS)
+
+    # The same run. In float32 it differs by rounding, which the first steps of training make grow some two times each.
+    models = [checkpoint.load_resumable(folder / checkpoint.LAST)["model"] for folder in (two, one)]
+    weights = [name for name in models[0] if "running" not in name and "tracked" not in name]
+    differ = sum(float((models[0][name] - models[1][name]).double().square().sum()) for name in weights)
+    size = sum(float(models[1][name].double().square().sum()) for name in weights)
+    relative = math.sqrt(differ / size)
+    print(f"relative difference of the weights after {STEPS} steps on 2 processes and on 1: {relative:.1e}")
+    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert losses[1][-1] < losses[1][0] < math.log(2 * 256 - 1)
+
+    # What two processes began, one finishes.
+    run(sys.executable, "train_simclr.py", *options, "--output", two)
+    lines = read_metrics(two)
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    assert steps == sorted(set(steps))
+    assert (lines[-1]["kind"], lines[-1]["step"]) == ("knn", EPOCH)
+    worlds = [s["derived"]["world_size"] for s in json.loads((two / "manifest.json").read_text())["sessions"]]
+    assert worlds == [2, 1]
+
+    # The number, and the report
+    run(sys.executable, "linear_probe.py", "--run", two, "--epochs", 10)
+    result = json.loads((two / "probe-linear" / "probe.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    for row in rows.values():
+        print(row["name"], row["knn_test"], row["classifier"]["test"])
+    pixels, untrained, trained = rows["raw pixels"], rows["untrained encoder"], rows["pretrained encoder"]
+    assert pixels["knn_test"] == pytest.approx(45.3, abs=0.5)  # measured with another program
+    assert trained["knn_test"] > untrained["knn_test"] + 5
+    assert trained["classifier"]["test"] > untrained["classifier"]["test"] + 5
+    for name in ("report.html", "report.md", "simclr_lin_best.pt"):
+        assert (two / "probe-linear" / name).stat().st_size > 1000
