@@ -159,9 +159,10 @@ def _difference(path: Path, new: beton.Facts) -> str | None:
             return str(error)
         return ""
     before, after = asdict(old), asdict(new)
-    del before["written_by"], after["written_by"]
-    differing = [f"{name} {before[name]!r} -> {after[name]!r}" for name in after if before[name] != after[name]]
-    return "; ".join(differing) or None
+    differing = [name for name in after if before[name] != after[name] and name != "written_by"]
+    # What follows from other content is named only if nothing else differs.
+    telling = [name for name in differing if not name.startswith(("channel_", "file_"))] or differing
+    return "; ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in telling) or None
 
 
 def _summary(facts: beton.Facts) -> str:

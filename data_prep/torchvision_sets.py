@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from data_prep.convert import Chunk, ConversionError, Source
+from data_prep.convert import Chunk, ConversionError, Source, usable_cores
 from data_prep.image_folder import resize_and_crop
 
 STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
@@ -69,11 +70,12 @@ def _source(
         return np.asarray(resize_and_crop(Image.fromarray(np.ascontiguousarray(image)), resolution))
 
     def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(images), _CHUNK):
-            chunk = images[start : start + _CHUNK]
-            if resolution is not None:
-                chunk = np.stack([resize(image) for image in chunk])
-            yield np.ascontiguousarray(chunk), labels[start : start + _CHUNK].astype(np.int64)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for start in range(0, len(images), _CHUNK):
+                chunk = images[start : start + _CHUNK]
+                if resolution is not None:
+                    chunk = np.stack(list(pool.map(resize, chunk)))
+                yield np.ascontiguousarray(chunk), labels[start : start + _CHUNK].astype(np.int64)
 
     return Source(description, split, classes, len(images), chunks)
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
+import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -273,6 +276,22 @@ def test_resolution_makes_one_size_and_says_so(tmp_path: Path, capsys: pytest.Ca
     assert "3 images were smaller than the resolution and were enlarged" in text
 
 
+def test_large_images_are_resized_before_jpeg_encodes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "dog").mkdir(parents=True)
+    for i, size in enumerate([(300, 200), (97, 160), (128, 96)]):
+        blocks = Image.fromarray(noise(i)).resize(size, Image.Resampling.BICUBIC)
+        blocks.save(tmp_path / "in" / "dog" / f"{i}.jpg", quality=95)
+    options = ("--resolution", 96, "--encoding", "jpeg", "--jpeg-quality", 80)
+    code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "a.beton", *options)
+    assert code == 0, text
+    images, _ = beton.read(tmp_path / "a.beton")
+    assert images.shape == (3, 96, 96, 3)
+    for i, pixels in enumerate(images):
+        with Image.open(tmp_path / "in" / "dog" / f"{i}.jpg") as image:
+            stream = beton.encode_jpeg(np.asarray(resize_and_crop(image, 96)), 80)
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(stream))))
+
+
 def test_jpeg_encoding_stores_the_quality_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_tree(tmp_path / "pets", per_class=30)
     for quality in (30, 95):
@@ -341,6 +360,8 @@ def test_converting_again_changes_nothing(tmp_path: Path, capsys: pytest.Capture
     assert files_below(tmp_path / "out") == before
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path / "out").iterdir())] == times
     assert set(before) == {"pets.beton", "pets.beton.json"}
+    assert run(capsys, *command[:-1], tmp_path / "elsewhere")[0] == 0
+    assert files_below(tmp_path / "elsewhere") == before
 
 
 def test_a_different_file_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,6 +373,7 @@ def test_a_different_file_is_replaced_only_by_force(tmp_path: Path, capsys: pyte
     assert code == 1
     assert "differs" in text
     assert "content_sha256" in text
+    assert "file_sha256" not in text  # of no help to the user
     assert "--force" in text
     assert files_below(tmp_path / "out") == before
     code, text = run(capsys, "imagefolder", "--root", second, "--output", output, "--force")
@@ -398,6 +420,46 @@ def test_user_errors_end_the_process_with_1_and_without_a_traceback(tmp_path: Pa
         assert result.stderr.startswith("error: ")
         assert "Traceback" not in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "pets"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = ["shapes", "--output", str(tmp_path / "out"), "--num-train", "1000000"]
+    process = subprocess.Popen([sys.executable, "-m", "data_prep", *command], cwd=REPOSITORY, stderr=theirs)
+    seen = b""
+    while not re.search(rb"train\.beton: .*[1-9]\d*/1000000 .* images/s", seen):
+        seen += os.read(ours, 4096)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["train.beton.partial"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    os.close(theirs)
+    while not seen.endswith(b"interrupted; the file under way was not written\r\n"):
+        seen += os.read(ours, 4096)
+    os.close(ours)
+    assert b"Traceback" not in seen
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    convert = f'"{sys.executable}" -m data_prep shapes --num-train 2500 --output "{tmp_path}/out"'
+    script = f'{mounted}; {convert}; {convert} --encoding jpeg; ls -A "{tmp_path}/out"'
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=REPOSITORY, text=True, capture_output=True, timeout=120
+    )
+    raw, jpeg = result.stderr.splitlines()
+    assert raw.startswith(f"error: {tmp_path}/out/train.beton needs 10.5 MB, but {tmp_path}/out has only")
+    assert jpeg.startswith(f"error: cannot write {tmp_path}/out/train.beton: the disk that holds")
+    assert "is full; free some space" in jpeg
+    assert result.stdout == ""  # nothing written, nothing left
 
 
 # ------------------------------------------------------------------------------------------ inspect and sidecar
