@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,19 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
+        TypeError: If the payload holds anything else, which :func:`load_safely` would refuse.
     """
-    temporary: str | None = None
+    _require_plain(payload, "payload")
+    # A name of its own, so that two programs that write at once cannot mix their bytes.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
+        for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a program killed while it wrote
+            left_behind.unlink()
+        with temporary.open("xb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes it private; checkpoints are for the group too
-        Path(temporary).replace(path)
-        temporary = None
+        temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError about file positions
@@ -80,9 +83,8 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
             f"cannot write {path}: {error}; is the disk full or read-only? The old file stays"
         ) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def load_safely(path: Path) -> dict[str, Any]:
@@ -94,8 +96,9 @@ def load_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
+        _check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
+    except Exception as error:  # zipfile and torch raise half a dozen kinds for damaged files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
         found = payload.get("schema") if isinstance(payload, dict) else type(payload).__name__
@@ -175,7 +178,7 @@ def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretraine
         facts = from_json(Facts, payload["facts"])
         model = SimCLR(config.model, image_size=facts.height)
         model.load_state_dict(payload["model"], strict=True)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version of the code: {error}") from error
     return Pretrained(
         model=model.to(device).eval(),
@@ -189,13 +192,32 @@ def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretraine
 
 
 def _difference(found: set[str], expected: set[str]) -> str:
-    return f"it lacks {sorted(expected - found)} and has besides {sorted(found - expected)}"
+    return f"it lacks {sorted(expected - found)} and has besides {sorted(map(str, found - expected))}"
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _check_archive(path: Path) -> None:
+    """Raise if a bit of the contents has changed; torch.load does not look at the zip archive's checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of its part {damaged} is wrong")
+        for part in archive.infolist():
+            # What torch takes for a folder it does not read at all, and returns memory as it finds it.
+            if part.external_attr or part.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"its part {part.filename} is not as torch writes it")
+
+
+def _require_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _require_plain(key, f"a key of {where}")
+            _require_plain(entry, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, entry in enumerate(value):
+            _require_plain(entry, f"{where}[{i}]")
+    # By type, since numpy's float64 is a float
+    elif not isinstance(value, torch.Tensor) and type(value) not in (type(None), bool, int, float, str):
+        raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold; convert it before")
 
 
 def _sync_folder(folder: Path) -> None:

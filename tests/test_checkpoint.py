@@ -1,0 +1,392 @@
+"""Checkpoints survive kills and full disks; damaged, foreign and malicious files are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simclr import checkpoint
+from simclr.beton import Facts
+from simclr.checkpoint import CheckpointError, load_pretrained, load_resumable, load_safely, save_atomically
+from simclr.config import OptimizerConfig, TrainConfig, to_json
+from simclr.models import ModelConfig, SimCLR
+from simclr.optim import make_optimizer
+from simclr.views import ViewSpec
+
+CONFIG = TrainConfig(
+    data=Path("elsewhere/train.beton"),
+    output=None,
+    seed=3,
+    model=ModelConfig("small_resnet_w4", projector_hidden=6, projection_dim=5),
+    optimizer=OptimizerConfig(name="lars", gradient_clip_norm=1.5),
+    view_2=ViewSpec(crop_scale=(0.3, 0.9), solarise_probability=0.2),
+)
+FACTS = Facts(
+    format_version=1,
+    source="drawn",
+    split="train",
+    num_images=7,
+    height=16,
+    width=16,
+    encoding="raw",
+    jpeg_quality=None,
+    lossy_source=False,
+    classes=("one", "two"),
+    class_counts=(3, 4),
+    channel_mean=(0.1, 0.2, 1 / 3),
+    channel_std=(0.4, 0.5, 0.6),
+    content_sha256="0" * 64,
+    file_bytes=1234,
+    file_sha256="1" * 64,
+    written_by={"numpy": "2.0"},
+)
+
+
+def a_model(seed: int = 0) -> SimCLR:
+    torch.manual_seed(seed)
+    model = SimCLR(CONFIG.model, FACTS.height)
+    model(torch.randn(4, 3, 16, 16))  # running statistics of its own
+    return model
+
+
+def about(model: SimCLR, **changes: Any) -> dict[str, Any]:
+    known = {"config": to_json(CONFIG), "facts": to_json(FACTS), "step": 12, "epoch": 2}
+    return {"model": model, **known, "knn_accuracy": 40.5, "best_knn_accuracy": 41.0, **changes}
+
+
+def write_best(path: Path, **changes: Any) -> SimCLR:
+    """A checkpoint with entries changed, or removed where the change is None."""
+    model = a_model()
+    payload = checkpoint.model_payload(**about(model)) | changes
+    save_atomically(path, {key: value for key, value in payload.items() if value is not None})
+    return model
+
+
+# ------------------------------------------------------------------------------------------ there and back
+
+
+def test_a_pretrained_model_comes_back_whole(tmp_path: Path) -> None:
+    model = write_best(tmp_path / checkpoint.BEST)
+    for path in (tmp_path, tmp_path / checkpoint.BEST):  # a folder stands for its best epoch
+        loaded = load_pretrained(path)
+        state = loaded.model.state_dict()
+        assert list(state) == list(model.state_dict())
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert loaded.config == CONFIG
+        assert loaded.facts == FACTS
+        assert (loaded.step, loaded.epoch, loaded.knn_accuracy) == (12, 2, 40.5)
+        assert loaded.path == tmp_path / checkpoint.BEST
+        assert not any(module.training for module in loaded.model.modules())
+
+
+def test_a_resumable_checkpoint_comes_back_whole_and_is_a_model_too(tmp_path: Path) -> None:
+    model, path = a_model(), tmp_path / checkpoint.LAST
+    optimizer = make_optimizer(model, CONFIG.optimizer)
+    _, z = model(torch.randn(4, 3, 16, 16))
+    torch.autograd.backward(z.square().sum())
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    checkpoint.save_resumable(path, optimizer=optimizer, scaler=scaler, world_size=4, **about(model))
+
+    saved = load_resumable(path)
+    assert (saved["kind"], saved["world_size"], saved["step"]) == ("resumable", 4, 12)
+    assert (saved["knn_accuracy"], saved["best_knn_accuracy"]) == (40.5, 41.0)
+    assert saved["scaler"] == scaler.state_dict()
+    other = a_model(seed=1)
+    other.load_state_dict(saved["model"])
+    resumed = make_optimizer(other, CONFIG.optimizer)
+    resumed.load_state_dict(saved["optimizer"])
+    before, after = optimizer.state_dict(), resumed.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    for key, state in before["state"].items():
+        assert torch.equal(state["momentum_buffer"], after["state"][key]["momentum_buffer"])
+    assert load_pretrained(path).step == 12
+
+    checkpoint.save_resumable(path, optimizer=optimizer, scaler=None, world_size=1, **about(model))
+    assert load_resumable(path)["scaler"] == {}
+
+
+def test_files_get_ordinary_permissions_and_leave_nothing_beside_them(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        save_atomically(tmp_path / "a.pt", {"schema": 1})
+        save_atomically(tmp_path / "a.pt", {"schema": 1})
+    finally:
+        os.umask(mask)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert (tmp_path / "a.pt").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"a": [1, (2, np.float64(3))]}, r"payload\['a'\]\[1\]\[1\] is a float64"),
+        ({"path": Path("x")}, r"payload\['path'\] is a \w*Path"),
+        ({Path("x"): 1}, r"a key of payload is a \w*Path"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, value: Any, where: str) -> None:
+    with pytest.raises(TypeError, match=f"{where}, which a checkpoint cannot hold"):
+        save_atomically(tmp_path / "a.pt", value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+KILLED_WRITERS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from simclr.checkpoint import load_safely, save_atomically
+
+torch.set_num_threads(1)  # threads do not survive a fork
+path, trials = Path(sys.argv[1]), int(sys.argv[2])
+delays = random.Random(0)
+
+def payload(i):
+    return {"schema": 1, "i": i, "tensors": [torch.full((250_000,), float(i)) for _ in range(8)]}
+
+save_atomically(path, payload(0))
+last, in_the_middle, written = 0, 0, 0
+for trial in range(trials):
+    child = os.fork()
+    if child == 0:
+        for i in range(last + 1, 10**9):
+            save_atomically(path, payload(i))
+    time.sleep(delays.uniform(0.02, 0.12))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    in_the_middle += any(path.parent.glob(".*.tmp"))
+    saved = load_safely(path)
+    assert saved["i"] >= last, (saved["i"], last)
+    assert len(saved["tensors"]) == 8
+    assert all((t == saved["i"]).all() for t in saved["tensors"])
+    written += saved["i"] - last
+    last = saved["i"]
+print(in_the_middle, written)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    command = [sys.executable, "-c", KILLED_WRITERS, str(path), "25"]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    in_the_middle, written = map(int, result.stdout.split())
+    assert in_the_middle >= 3  # else this test has shown nothing
+    assert written >= 3
+    save_atomically(path, {"schema": 1})  # and the next program that saves tidies up
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+@contextmanager
+def full_disk(_: Path) -> Any:
+    """No file can grow beyond 64 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def occupied_name(path: Path) -> Any:
+    """The new file cannot be put in the old one's place."""
+    before = path.read_bytes()
+    path.unlink()
+    (path / "folder").mkdir(parents=True)
+    yield
+    (path / "folder").rmdir()
+    path.rmdir()
+    path.write_bytes(before)
+
+
+@pytest.mark.parametrize("trouble", [full_disk, occupied_name])
+def test_a_write_that_fails_says_so_and_leaves_the_old_file(
+    tmp_path: Path, trouble: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    path = tmp_path / "x.pt"
+    save_atomically(path, {"schema": 1, "old": True})
+    with trouble(path), pytest.raises(CheckpointError, match=r"cannot write .*x\.pt: .*The old file stays"):
+        save_atomically(path, {"schema": 1, "new": torch.zeros(100_000)})
+    assert load_safely(path) == {"schema": 1, "old": True}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_missing_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write .*nowhere.x\.pt: .*No such file"):
+        save_atomically(tmp_path / "nowhere" / "x.pt", {"schema": 1})
+
+
+# --------------------------------------------------------------------------------------- damaged and hostile
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    """All over the file. A flip in the zip format's padding may leave the contents as they are."""
+    path = tmp_path / "x.pt"
+    payload = {"schema": 1, "weight": torch.randn(40), "count": torch.arange(7), "config": "{}", "step": 5}
+    save_atomically(path, payload)
+    content = path.read_bytes()
+    noticed = 0
+    flips = [(position, position % 8) for position in range(0, len(content), 3)]
+    # Every bit of a tensor's entry in the zip directory: there, one makes torch return memory as it finds it.
+    entry = content.rindex(b"data/0") - 46
+    flips += [(position, bit) for position in range(entry, entry + 52) for bit in range(8)]
+    for position, bit in flips:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << bit
+        path.write_bytes(damaged)
+        try:
+            loaded = load_safely(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)  # noqa: PT017  most positions raise, some do not
+            noticed += 1
+        else:
+            assert same(loaded, payload), f"bit {bit} of byte {position}, flipped, was not noticed"
+    assert noticed > len(flips) / 3
+    path.write_bytes(content)
+    assert same(load_safely(path), payload)
+
+
+def test_a_flipped_bit_in_a_weight_is_what_torch_alone_would_not_notice(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    weight = torch.full((1000,), 1.25)
+    save_atomically(path, {"schema": 1, "weight": weight})
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 2003] ^= 0x40
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["weight"], weight)
+    with pytest.raises(CheckpointError, match=r"x\.pt is damaged .*the checksum of its part \S*data/0 is wrong"):
+        load_safely(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99, -1])
+def test_a_truncated_file_raises(tmp_path: Path, kept: float) -> None:
+    write_best(tmp_path / checkpoint.BEST)
+    content = (tmp_path / checkpoint.BEST).read_bytes()
+    (tmp_path / checkpoint.BEST).write_bytes(content[: int(kept * len(content)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(CheckpointError, match=rf"{checkpoint.BEST} is damaged or no checkpoint of this project"):
+        load_pretrained(tmp_path)
+
+
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("hello"), "damaged or no checkpoint"),
+        (lambda path: path.write_bytes(pickle.dumps({"schema": 1})), "damaged or no checkpoint"),
+        (write_zip, "damaged or no checkpoint"),
+        (lambda path: torch.save({"state_dict": {}}, path), "has schema None, this version reads 1"),
+        (lambda path: torch.save({"schema": 2}, path), "has schema 2, this version reads 1"),
+        (lambda path: torch.save([1, 2], path), "has schema 'list', this version reads 1"),
+        (lambda path: path.mkdir(), "no checkpoint at"),
+        (lambda path: None, "no checkpoint at"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_safely, load_resumable])
+def test_foreign_files_raise_naming_the_file(
+    tmp_path: Path, write: Callable[[Path], object], message: str, load: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "foreign.pt"
+    write(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, victim = tmp_path / "x.pt", tmp_path / "victim"
+    torch.save({"schema": 1, "model": Malicious(victim)}, path)
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointError, match=r"x\.pt is damaged or no checkpoint"):
+        load_safely(path)
+    assert not victim.exists()
+    torch.load(path, weights_only=False)
+    assert victim.exists()  # it would have
+
+
+# ---------------------------------------------------------------------------------------------- not fitting
+
+
+def renamed(model: SimCLR, old: str, new: str | None) -> dict[str, Tensor]:
+    state = dict(copy.deepcopy(model.state_dict()))
+    value = state.pop(old)
+    return state | ({new: value} if new else {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": renamed(a_model(), "encoder.bn1.running_mean", None)}, "Missing key.*encoder.bn1.running_mean"),
+        ({"model": renamed(a_model(), "encoder.bn1.bias", "encoder.bn1.b")}, "Unexpected key.*encoder.bn1.b"),
+        ({"model": a_model().state_dict() | {"projector.0.weight": torch.zeros(2, 2)}}, "size mismatch for projector"),
+        ({"model": {}}, "Missing key"),
+        ({"model": "weights"}, "does not fit"),
+        ({"config": to_json(CONFIG).replace('"seed"', '"sead"')}, "unknown fields .'sead'.*missing fields .'seed'"),
+        ({"config": "{"}, "does not fit this version of the code"),
+        ({"config": 5}, "does not fit this version of the code"),
+        ({"facts": to_json(FACTS).replace("1234", "-1.5")}, "Facts.file_bytes: expected int, got -1.5"),
+        ({"facts": None}, r"is no pretrained model: it lacks \['facts'\]"),
+    ],
+)
+def test_contents_that_do_not_fit_raise(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_best(tmp_path / checkpoint.BEST, **changes)
+    with pytest.raises(CheckpointError, match=f"(?s){message}") as caught:
+        load_pretrained(tmp_path)
+    assert str(tmp_path / checkpoint.BEST) in str(caught.value)
+
+
+def test_a_model_alone_cannot_be_continued_from(tmp_path: Path) -> None:
+    write_best(tmp_path / checkpoint.BEST, extra=1)
+    lacking = r"it lacks \['optimizer', 'scaler', 'world_size'\] and has besides \['extra'\]"
+    with pytest.raises(CheckpointError, match=f"cannot be continued from: {lacking}"):
+        load_resumable(tmp_path / checkpoint.BEST)
+
+
+def test_a_folder_without_a_best_epoch_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"holds no {checkpoint.BEST}; .*name its {checkpoint.LAST}"):
+        load_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
+        load_pretrained(tmp_path / "nowhere")
