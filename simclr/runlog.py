@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Return one line such as "2 cores of Intel Xeon, 24 GiB" or "4 x NVIDIA H100 80GB HBM3 (driver 550.1)"."""
+    """Return one line such as "2 cores of Intel Xeon, 24 GiB" or "4 x NVIDIA H100 80GB HBM3, CUDA 12.8"."""
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
@@ -87,13 +87,16 @@ class RunLog:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def write(self, kind: str, **values: float | int | str | None) -> None:
-        """Append one JSON line {"kind": kind, ..., "seconds": since the run's beginning}, and flush it."""
+    def write(self, kind: str, *, step: int, **values: float | int | str | None) -> None:
+        """Append one JSON line {"kind": kind, "step": step, ..., "seconds": since the run's beginning}, and flush it.
+
+        Numbers that are not finite, which JSON has not, become null.
+        """
         if not self._is_main:
             return
         seconds = self._seconds_before + time.perf_counter() - self._started
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, **finite, "seconds": round(seconds, 3)}) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **finite, "seconds": round(seconds, 3)}) + "\n")
         self._file.flush()
 
     def advance(self, steps: int, **shown: str) -> None:
@@ -118,21 +121,38 @@ class RunLog:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that ``path`` is at every moment either the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write JSON so that ``path`` is at every moment either the old file or the whole new one.
+
+    Raises:
+        TypeError: If ``value`` holds what JSON cannot, other than paths, which become text.
+        ValueError: If it holds a number that is not finite.
+    """
+
+    def path_as_text(entry: object) -> str:
+        if isinstance(entry, Path):
+            return str(entry)
+        raise TypeError(f"a {type(entry).__name__} cannot be written as JSON: {entry!r}")
+
+    _replace_text(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out."""
+    """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out.
+
+    Raises:
+        ValueError: If another line is no JSON object.
+    """
+    path = folder / METRICS
+    *texts, _unfinished = path.read_text(encoding="utf-8").split("\n")
     lines = []
-    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is damaged: {error}; remove the line to go on") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number} is {line!r}, expected an object; remove the line to go on")
+        lines.append(line)
     return lines
 
 
@@ -141,21 +161,29 @@ def _keep_lines_until(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    _replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _git_commit() -> str:
     """Return the commit of the code, "-dirty" if it was changed since, or "unknown" outside a checkout."""
-    folder = Path(__file__).resolve().parent.parent
+    this_file = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = ["git", "-C", str(this_file.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", this_file.name)  # installed inside another project's checkout, say
         commit = git("rev-parse", "HEAD")
         return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

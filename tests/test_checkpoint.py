@@ -166,6 +166,7 @@ last, in_the_middle, written = 0, 0, 0
 for trial in range(trials):
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # should the parent end first
         for i in range(last + 1, 10**9):
             save_atomically(path, payload(i))
     time.sleep(delays.uniform(0.02, 0.12))
