@@ -341,8 +341,8 @@ def verify(path: PathLike) -> Facts:
 def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Reads all images and labels into memory, after ``check``.
 
-    JPEG streams are decoded with Pillow, in threads. FFCV decodes with libjpeg-turbo's fast settings, so that
-    the same stream may differ in the last bit there; raw images are equal.
+    JPEG streams are decoded with Pillow, in threads. FFCV's own decoder takes libjpeg-turbo's fast settings and
+    differs by up to 10 of 255 levels; ``simclr.data`` has FFCV decode to Pillow's pixels. Raw images are equal.
 
     Args:
         path: The .beton file; its sidecar is not needed.

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 from data_prep import shapes
 from data_prep.__main__ import main
@@ -81,12 +85,18 @@ def test_raw_pixels_fail() -> None:
     assert 100 * ((q @ weights).argmax(axis=1) == test_labels).mean() < 25
 
 
-@pytest.mark.slow
-def test_a_small_convolutional_network_succeeds() -> None:
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """Its layers are so small that several threads wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
+def test_a_small_convolutional_network_succeeds() -> None:
     torch.manual_seed(0)
     (train, train_labels), (test, test_labels) = draw(0, "train", 0, 6000), draw(0, "test", 0, 1000)
     x, q = ((torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1) for images in (train, test))
