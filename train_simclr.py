@@ -1,7 +1,8 @@
-"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
+r"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
 
     python train_simclr.py demo
-    accelerate launch --config_file accelerate_configs/multi_gpu.yaml train_simclr.py cifar10-simclr-100 --seed 1
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 \
+        train_simclr.py cifar10-simclr-100 --world-size 4
 
 With the data file, the configuration determines the weights, whatever the number of devices. A run that was cut off
 continues, in the middle of an epoch too, when the same command is given again.

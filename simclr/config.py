@@ -165,6 +165,8 @@ class TrainConfig:
             optimizer.final_learning_rate,
             "in [0, 1], a fraction of the peak",
         )
+        trust = optimizer.lars_trust_coefficient
+        _require(trust > 0, "optimizer.lars_trust_coefficient", trust, "> 0")
         clip = optimizer.gradient_clip_norm
         _require(clip is None or clip > 0, "optimizer.gradient_clip_norm", clip, "> 0, or None for no clipping")
         _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")

@@ -31,8 +31,9 @@ class Preset(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command that runs it."""
-        return f"accelerate launch train_simclr.py {self.config.name}"
+        """The command that runs it; docs/launching.md has those for several devices."""
+        device = "cpu" if self.config.name.startswith(("demo", "cpu")) else "single_gpu"
+        return f"accelerate launch --config_file accelerate_configs/{device}.yaml train_simclr.py {self.config.name}"
 
 
 _SIMCLR_CIFAR10 = TrainConfig(

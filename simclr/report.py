@@ -730,7 +730,9 @@ def _say_how(result: ProbeResult) -> list[Block]:
     commands = [prepare] if prepare else []
     if "command" in before:
         world_size = manifest.get("derived", {}).get("world_size", 1)
-        launch = "python" if world_size == 1 else f"accelerate launch --num_processes {world_size}"
+        config_file = f"accelerate_configs/{'cpu' if manifest.get('device') == 'cpu' else 'multi_gpu'}.yaml"
+        several = f"accelerate launch --config_file {config_file} --num_processes {world_size}"
+        launch = "python" if world_size == 1 else several
         commands.append(f"{launch} {before['command']}")
     commands.append(f"python {environment['command']}")
     rows = [("", "pretraining", "evaluation")]

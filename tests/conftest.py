@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import shut_down_workers
 
@@ -88,6 +89,8 @@ def _require_real_data() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The tests' models are small, and tests run beside their own subprocesses: threads would wait for each other.
+    torch.set_num_threads(1)
     config.stash[_passed_real_data] = []
 
 

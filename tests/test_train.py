@@ -77,12 +77,9 @@ def run(config: TrainConfig, world_size: int = 1) -> None:
     if world_size > 1:
         run_distributed(pretrain, world_size, config)
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in those others; several threads add up in an order of their own
     try:
         pretrain(0, 1, config)
     finally:
-        torch.set_num_threads(threads)
         forget_accelerate_state()
 
 
