@@ -111,8 +111,8 @@ def _require_same_classes(sources: dict[str, Source]) -> None:
 def shapes(
     output: Path = Path("data/shapes"),
     seed: int = 0,
-    num_train: int = 20_000,
-    num_test: int = 4_000,
+    num_train: int = 10_000,
+    num_test: int = 2_000,
     preview: Path | None = None,
     storage: Stored = _AS_IT_IS,
 ) -> None:

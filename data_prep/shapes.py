@@ -163,11 +163,11 @@ class _Uniform:
 
 
 def _two_colours(uniform: _Uniform) -> tuple[Float, Float]:
-    """Colours (m, 3) of background and shape: any hues, and a brightness that differs by 0.3 to 0.55 either way."""
-    brightness, contrast = uniform(0, 1), uniform(0.3, 0.55)
+    """Colours (m, 3) of background and shape: any hues, and a brightness that differs by 0.4 to 0.65 either way."""
+    brightness, contrast = uniform(0, 1), uniform(0.4, 0.65)
     sign = np.where(uniform(0, 1) < 0.5, np.float32(1), np.float32(-1))
-    # Both stay within 0.1 to 0.9, whichever is the brighter one.
-    low = 0.1 + brightness * (0.8 - contrast)
+    # Both stay within 0.05 to 0.95, whichever is the brighter one.
+    low = 0.05 + brightness * (0.9 - contrast)
     background, shape = np.where(sign > 0, low, low + contrast), np.where(sign > 0, low + contrast, low)
     hues = []
     for _ in range(2):
@@ -182,9 +182,9 @@ def _texture(uniform: _Uniform, colour: Float, coarse: Float) -> Float:
     gradient = _spread(uniform(-0.1, 0.1)) * x + _spread(uniform(-0.1, 0.1)) * y
     phase = _spread(uniform(-3.5, 3.5)) * x + _spread(uniform(-3.5, 3.5)) * y + _spread(uniform(0, 1))
     stripes = abs(phase - np.floor(phase) - np.float32(0.5))  # a triangular wave
-    noise = _enlarge(_spread(uniform(0, 0.25)) * (coarse - np.float32(0.5)))
+    noise = _enlarge(_spread(uniform(0, 0.3)) * (coarse - np.float32(0.5)))
     noise += gradient
-    noise += _spread(uniform(0, 0.25, 3)) * (stripes - np.float32(0.25))
+    noise += _spread(uniform(0, 0.08, 3)) * (stripes - np.float32(0.25))
     noise += _spread(colour)
     return noise
 
@@ -203,7 +203,7 @@ def _enlarge(coarse: Float) -> Float:
 def _distractor(uniform: _Uniform) -> Float:
     """Coverage (m, 1, 32, 32) of a small disc anywhere."""
     y, x = _grid(SIZE)
-    cx, cy, radius = _spread(uniform(-1, 1)), _spread(uniform(-1, 1)), _spread(uniform(0.03, 0.12))
+    cx, cy, radius = _spread(uniform(-1, 1)), _spread(uniform(-1, 1)), _spread(uniform(0.03, 0.1))
     distance2 = (x - cx) * (x - cx) + (y - cy) * (y - cy)
     coverage: Float = (0.5 + (radius * radius - distance2) * (SIZE / 4) / radius).clip(0, 1)
     return coverage
@@ -211,7 +211,7 @@ def _distractor(uniform: _Uniform) -> Float:
 
 def _shape(uniform: _Uniform, labels: NDArray[np.int64]) -> Float:
     """Coverage (m, 1, 32, 32) of the shape, counted at 3 x 3 points per pixel."""
-    radius, stretch, angle = uniform(0.32, 0.48), uniform(0.87, 1.15), uniform(0, 2 * np.pi)
+    radius, stretch, angle = uniform(0.36, 0.56), uniform(0.87, 1.15), uniform(0, 2 * np.pi)
     room = np.maximum(0, 1 - 1.5 * radius)
     cx, cy = uniform(-1, 1) * room, uniform(-1, 1) * room
     # In float64, where processors differ too little to move a point across an outline once it is rounded.

@@ -98,7 +98,14 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         if not width.isdecimal() or int(width) < 1:
             raise ValueError(f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48")
         w = int(width)
-        encoder: nn.Module = ResNet(BasicBlock, layers=(1, 1, 1), channels=(w, 2 * w, 4 * w), num_classes=0)  # type: ignore[arg-type]
+        # Blocks that begin as the identity, timm's default, help deep networks; this one learns faster without.
+        encoder: nn.Module = ResNet(
+            BasicBlock,  # type: ignore[arg-type]
+            layers=(1, 1, 1),
+            channels=(w, 2 * w, 4 * w),
+            num_classes=0,
+            zero_init_last=False,
+        )
         encoder.layer4 = nn.Identity()  # timm's forward pass names four stages
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         return encoder
