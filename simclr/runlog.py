@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
@@ -80,6 +81,9 @@ class RunLog:
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=None, mininterval=0.5
         )
+        self._first_step = self._step = first_step
+        self._total_steps = total_steps
+        self._last_line = self._started
 
     def say(self, text: str) -> None:
         """Print a line, without breaking the progress bar."""
@@ -100,10 +104,19 @@ class RunLog:
         self._file.flush()
 
     def advance(self, steps: int, **shown: str) -> None:
-        """Move the progress bar; ``shown`` appears behind it."""
-        if self._is_main:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(steps)
+        """Move the progress bar; ``shown`` appears behind it. In a file, where no bar is: a line now and then."""
+        if not self._is_main:
+            return
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(steps)
+        self._step += steps
+        now = time.perf_counter()
+        if self._bar.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or self._step == self._total_steps):
+            self._last_line = now
+            left = (now - self._started) / (self._step - self._first_step) * (self._total_steps - self._step)
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            time_left = datetime.timedelta(seconds=round(left))
+            print(f"step {self._step} of {self._total_steps}, {values}, {time_left} left", flush=True)
 
     def close(self) -> None:
         """End the progress bar and the file."""

@@ -108,12 +108,20 @@ def test_other_ranks_write_and_show_nothing(tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_and_sayings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with opened(tmp_path, 90) as log:
+def test_without_a_terminal_progress_is_a_line_now_and_then(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path, 80) as log:
         log.say("epoch 1: 50 %")
-        log.advance(10, loss="0.5")
-        assert log._bar.n == 100 or log._bar.disable  # no bar where nobody watches
-    assert capfd.readouterr().out == "epoch 1: 50 %\n"
+        log.advance(10, loss="0.7")  # too soon for a line
+        monkeypatch.setattr("simclr.runlog.SECONDS_BETWEEN_LINES", 0)
+        log.advance(5, loss="0.6")
+        monkeypatch.undo()
+        log.advance(5, loss="0.5")  # the end always has one
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "epoch 1: 50 %"
+    assert lines[1].startswith("step 95 of 100, loss 0.6, 0:00:00")
+    assert lines[2:] == ["step 100 of 100, loss 0.5, 0:00:00 left"]
 
 
 # --------------------------------------------------------------------------------------------- environment
