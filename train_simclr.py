@@ -545,6 +545,8 @@ def say_start(
         print(f"kNN:        not measured, since {why}; {checkpoint.BEST} will be the last epoch")
     if progress.step:
         print(f"resuming:   after step {progress.step} of {derived.total_steps}")
+    if config.stop_at_step is not None and derived.total_steps > progress.step >= config.stop_at_step:
+        print(f"nothing to do: the run is already past stop_at_step {config.stop_at_step}")
     if progress.step == derived.total_steps:
         print(f"finished:   nothing is left to do; a new run needs another --output than {config.folder}")
     sys.stdout.flush()

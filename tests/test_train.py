@@ -233,6 +233,18 @@ def test_lines_of_steps_after_the_checkpoint_are_written_once(one_device: TrainC
     assert is_equal(weights(config), weights(one_device))
 
 
+def test_a_stop_that_lies_behind_is_said_and_changes_nothing(
+    one_device: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
+    run(config)
+    before = weights(config)
+    capsys.readouterr()
+    run(dataclasses.replace(config, stop_at_step=2))
+    assert "already past stop_at_step 2" in capsys.readouterr().out
+    assert is_equal(weights(config), before)
+
+
 def test_a_finished_run_is_left_alone(one_device: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(one_device, output=tmp_path / "run")
     shutil.copytree(one_device.folder, config.folder)
