@@ -169,7 +169,8 @@ def test_batch_norm_per_device_is_another_run(one_device: TrainConfig, tmp_path:
 
 @pytest.mark.distributed
 def test_in_float32_devices_differ_by_rounding(images: Path, tmp_path: Path) -> None:
-    runs = [settings(images, tmp_path / str(n), precision="fp32", epochs=1, **{}) for n in (1, 2)]
+    # One step: the next ones make rounding grow, in so small a network a hundredfold.
+    runs = [settings(images, tmp_path / str(n), precision="fp32", stop_at_step=1) for n in (1, 2)]
     for world_size, config in zip((1, 2), runs, strict=True):
         run(config, world_size)
     assert 0 < difference(weights(runs[0]), weights(runs[1])) < 1e-4
