@@ -57,13 +57,10 @@ def read(path: str, arrays: str) -> None:
 
 
 def can_decode_jpeg() -> bool:
-    from ffcv.libffcv import imdecode
+    # Asked of the library's symbols: FFCV itself ends the process, or fills the image with whatever there was.
+    from simclr import data
 
-    from simclr.beton import encode_jpeg
-
-    grey, decoded = np.full((16, 16, 3), 128, np.uint8), np.zeros((16, 16, 3), np.uint8)
-    imdecode(np.frombuffer(encode_jpeg(grey, 90), np.uint8), decoded, 16, 16, 16, 16, 0, 0, 1, 1, False, False)
-    return bool((decoded == 128).all())
+    return bool(data._load_ffcv().decodes_jpeg())
 
 
 if __name__ == "__main__":

@@ -444,11 +444,10 @@ def observe_jpeg(path: Path) -> dict[str, Any]:
     beton.write(path, images, np.zeros(64, np.int64), encoding="jpeg", jpeg_quality=95)
     expected, _ = beton.read(path)
     plan = EpochPlan(np.arange(64), 16, shuffle=False)
-    plain = [image.numpy().copy() for image, _ in plain_loader(path)]
-    result: dict[str, Any] = {
-        "supported": data._load_ffcv().decodes_jpeg(),
-        "plain": int(np.abs(np.concatenate(plain).astype(int) - expected).max()),
-    }
+    result: dict[str, Any] = {"supported": data._load_ffcv().decodes_jpeg()}
+    if result["supported"]:  # without libjpeg-turbo, plain FFCV ends the process or returns what its buffer held
+        plain = [image.numpy().copy() for image, _ in plain_loader(path)]
+        result["plain"] = int(np.abs(np.concatenate(plain).astype(int) - expected).max())
     with open_images(path) as source:
         result["auto"] = [source.backend, source.reason]
     try:
@@ -744,7 +743,6 @@ def test_jpeg_is_decoded_exactly_or_refused(reading: Observed) -> None:
         assert observed["ffcv"] == 0
         assert "cannot be decoded" in observed["damaged"]
     else:
-        assert observed["plain"] > 100, "FFCV built without JPEG yields whatever was in its buffer, without an error"
         assert observed["auto"][0] == "memory"
         for message in (observed["auto"][1], observed["ffcv"]):
             assert "cannot decode JPEG" in message

@@ -28,7 +28,7 @@ def coloured(n: int, seed: int, classes: int = 3) -> tuple[NDArray[np.uint8], ND
     """Noise with a faint colour that tells the class."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
-    images = rng.normal(128, 50, (n, SIDE, SIDE, 3)) + 12 * np.eye(3)[labels % 3][:, None, None]
+    images = rng.normal(128, 50, (n, SIDE, SIDE, 3)) + 20 * np.eye(3)[labels % 3][:, None, None]
     return images.clip(0, 255).astype(np.uint8), labels
 
 

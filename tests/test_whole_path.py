@@ -61,7 +61,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
     relative = math.sqrt(differ / size)
     print(f"relative difference of the weights after {STEPS} steps on 2 processes and on 1: {relative:.1e}")
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     assert losses[1][-1] < losses[1][0] < math.log(2 * 256 - 1)
 
