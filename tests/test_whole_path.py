@@ -62,7 +62,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
     print(f"relative difference of the weights after {STEPS} steps on 2 processes and on 1: {relative:.1e}")
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
-    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+    assert sum(losses[0][-10:]) == pytest.approx(sum(losses[1][-10:]), rel=0.05)
     assert losses[1][-1] < losses[1][0] < math.log(2 * 256 - 1)
 
     # What two processes began, one finishes.
@@ -82,7 +82,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
         print(row["name"], row["knn_test"], row["classifier"]["test"])
     pixels, untrained, trained = rows["raw pixels"], rows["untrained encoder"], rows["pretrained encoder"]
     assert pixels["knn_test"] == pytest.approx(45.3, abs=0.5)  # measured with another program
-    assert trained["knn_test"] > untrained["knn_test"] + 5
-    assert trained["classifier"]["test"] > untrained["classifier"]["test"] + 5
+    assert trained["knn_test"] > untrained["knn_test"] + 2
+    assert trained["classifier"]["test"] > untrained["classifier"]["test"] + 2
     for name in ("report.html", "report.md", "simclr_lin_best.pt"):
         assert (two / "probe-linear" / name).stat().st_size > 1000
