@@ -123,9 +123,17 @@ _DEMO = dataclasses.replace(
 )
 
 _PRESETS = (
-    Preset("own, to show the whole path in minutes on built-in images", "not measured", _DEMO),
-    Preset(_CPU_SOURCE, "not measured", dataclasses.replace(_CPU_SIMCLR, name="cpu-simclr")),
-    Preset(_CPU_SOURCE, "not measured", dataclasses.replace(_CPU_BARLOW, name="cpu-barlow")),
+    Preset("own, to show the whole path in minutes on built-in images", "validation kNN 77 %, one seed", _DEMO),
+    Preset(
+        _CPU_SOURCE,
+        "CIFAR-10 (JPEG q75), test set, three seeds: kNN 53.1 to 54.8 %, linear 53.9 to 55.0 %",
+        dataclasses.replace(_CPU_SIMCLR, name="cpu-simclr"),
+    ),
+    Preset(
+        _CPU_SOURCE,
+        "CIFAR-10 (JPEG q75), test set, two seeds: kNN 50.9 and 51.1 %, linear 52.2 and 52.5 %",
+        dataclasses.replace(_CPU_BARLOW, name="cpu-barlow"),
+    ),
     Preset(
         _SIMCLR_SOURCE,
         "published for the official pixels: kNN 83.2 %, linear 85.6 % on the test set; here not measured",
