@@ -29,12 +29,11 @@ def test_presets_are_whole_and_build(name: str) -> None:
     assert from_json(TrainConfig, to_json(preset.config)) == preset.config
 
 
-@pytest.mark.parametrize("encoder", ["resnet18"])
 @pytest.mark.parametrize("method", ["simclr", "barlow"])
 @pytest.mark.parametrize("epochs", [100, 1000])
-def test_cifar10_presets_of_both_methods(method: str, epochs: int, encoder: str) -> None:
+def test_cifar10_presets_of_both_methods(method: str, epochs: int) -> None:
     config = PRESETS[f"cifar10-{method}-{epochs}"].config
-    assert (config.epochs, config.model.encoder) == (epochs, encoder)
+    assert (config.epochs, config.model.encoder) == (epochs, "resnet18")
     assert config.loss.name == {"simclr": "nt_xent", "barlow": "barlow_twins"}[method]
 
 
