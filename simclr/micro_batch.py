@@ -12,20 +12,21 @@ its inputs, which are kept for the whole batch, until all of its layers have the
 
     forward    for each layer of batch normalisation in the unit: run all micro-batches as far as there, and merge
                their moments; then run them through
-    backward   for each such layer, the last first: run all micro-batches forward, and backward as far as there, and
-               add up the two sums; then run them backward through
+    backward   for each such layer but the first, the last first: run all micro-batches forward, and backward as far as
+               there, and add up the two sums; then the same with the first, this time with the parameters' gradients;
+               then run from the unit's inputs to the first layer, and back with the gradient that is now known
 
-A unit that is one layer, or begins with its only one, costs one forward pass more; a residual block with two costs 2.5
-forward passes where a plain step has 1, and 3 forward and 1.5 backward passes where it has 1 backward pass. Memory is
-the units' inputs for this rank's batch, and what a backward pass through one unit keeps of one micro-batch.
+A unit that begins with its only such layer costs one forward pass more than in a plain step, as one without any does. A
+residual block of two convolutions and two normalisations costs 7 thirds of a plain step. Memory is the units' inputs
+for this rank's batch, and what a backward pass through one unit keeps of one micro-batch.
 
 Shape letters: R rows (views) of this rank's batch, m rows of a micro-batch, d projection width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -100,44 +101,67 @@ class _Unit:
             self._order.append(reached)
 
     def backward(self, parts: list[Tensor], gradients: list[Tensor], *, of_inputs: bool) -> list[Tensor]:
-        for state in reversed(self._order):
+        first, others = (self._order[0], self._order[1:]) if self._order else (None, [])
+        for state in reversed(others):
             for x, gradient in zip(parts, gradients, strict=True):
                 output = self._run(x)
-                normalised = state.normalised
-                assert normalised is not None
-                (arriving,) = torch.autograd.grad(output, normalised, gradient.to(output.dtype))
-                state.add_arriving(arriving, normalised)
+                (arriving,) = torch.autograd.grad(output, state.normalised, gradient.to(output.dtype))
+                state.add_arriving(arriving)
             state.finish_backward()
-        through = []
-        for x, gradient in zip(parts, gradients, strict=True):
-            leaf = x.detach().requires_grad_(of_inputs)
-            output = self._run(leaf)
+
+        leaves = [x.detach().requires_grad_(of_inputs) for x in parts]
+        arriving_at_first = []
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            output = self._run_cut_at(first, leaf)
             torch.autograd.backward(output, gradient.to(output.dtype))
-            if leaf.grad is not None:
-                through.append(leaf.grad)
+            if first is not None:
+                arriving_at_first.append(first.add_arriving(first.normalised.grad))
+        if first is not None:
+            first.finish_backward()
+            for leaf, arriving in zip(leaves, arriving_at_first, strict=True):
+                before = self._run_up_to(first, leaf)
+                if before.requires_grad:
+                    torch.autograd.backward(before, first.gradient_before(before.detach(), arriving))
         for state in self._order:
-            state.normalised = None
-        return through
+            state.forget()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def _run_cut_at(self, state: _State | None, x: Tensor) -> Tensor:
+        """Run through; no gradient passes that layer, and what it makes of its input is a leaf."""
+        if state is None:
+            return self._run(x)
+        state.is_cut = True
+        try:
+            return self._run(x)
+        finally:
+            state.is_cut = False
+
+    def _run_up_to(self, state: _State, x: Tensor) -> Tensor:
+        """Return what arrives at a layer."""
+        state.is_end = True
+        try:
+            self._run(x)
+        except _Reached:
+            return state.take_input()
+        finally:
+            state.is_end = False
+        raise AssertionError("the unit does not reach a layer that it reached before")
 
     def _run(self, x: Tensor) -> Tensor:
-        with self._attached(), self._autocast():
-            output: Tensor = self._module(x)
-        return output
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
         for layer, state in self._states.items():
             layer.by_parts = state.normalise
             state.was_run = False
         try:
-            yield
+            with self._autocast():
+                output: Tensor = self._module(x)
+            return output
         finally:
             for layer in self._states:
                 layer.by_parts = None
 
 
 class _Reached(Exception):  # noqa: N818  not an error
-    """A forward pass has come to a layer whose statistics are not known yet."""
+    """A forward pass ends at a layer: its statistics are not known yet, or nothing is wanted behind it."""
 
     def __init__(self, state: _State) -> None:
         self.state = state
@@ -152,8 +176,9 @@ class _State:
         self._statistics: tuple[Tensor, Tensor, Tensor] | None = None  # mean, 1 / standard deviation, count
         self._arrived: Tensor | None = None  # (2, c): sums of gradients, and of gradients times normalised values
         self._means_of_gradients: Tensor | None = None  # the same of all ranks, over the count
-        self.normalised: Tensor | None = None
-        self.was_run = False
+        self._input: Tensor | None = None
+        self.normalised = torch.empty(0)  # of the last pass
+        self.is_cut = self.is_end = self.was_run = False
 
     def normalise(self, x: Tensor) -> Tensor:
         if self.was_run:
@@ -162,14 +187,26 @@ class _State:
         if self._statistics is None:
             variance, mean = torch.var_mean(at_least_float32(x), _all_but_channels(x), correction=0)
             self._moments.append((mean, variance, x.numel() // x.shape[1]))
+        if self.is_end:
+            self._input = x
+        if self._statistics is None or self.is_end:
             raise _Reached(self)
         mean, inverse_std, _ = self._statistics
-        normalised: Tensor = _NormaliseByGiven.apply(x, mean, inverse_std, self._means_of_gradients)
-        if torch.is_grad_enabled():
-            if not normalised.requires_grad:
-                normalised.requires_grad_()
-            self.normalised = normalised
-        return normalised
+        if not torch.is_grad_enabled():
+            return _forward(x, mean, inverse_std)
+        if self.is_cut:
+            self.normalised = _forward(x.detach(), mean, inverse_std)
+        else:
+            self.normalised = _NormaliseByGiven.apply(x, mean, inverse_std, self._means_of_gradients)
+        if not self.normalised.requires_grad:
+            self.normalised.requires_grad_()
+        return self.normalised
+
+    def take_input(self) -> Tensor:
+        """Return what arrived at the layer that a pass was to end at."""
+        x, self._input = self._input, None
+        assert x is not None
+        return x
 
     def finish_forward(self) -> None:
         means, variances = (torch.stack(list(values)) for values in zip(*[m[:2] for m in self._moments], strict=True))
@@ -182,37 +219,60 @@ class _State:
         self._moments = []
         self._layer.update_running_statistics(mean, variance, count)
 
-    def add_arriving(self, gradient: Tensor, normalised: Tensor) -> None:
-        gradient, wide = at_least_float32(gradient), at_least_float32(normalised.detach())
-        over = _all_but_channels(gradient)
-        sums = torch.stack([gradient.sum(over), (gradient * wide).sum(over)])
+    def add_arriving(self, gradient: Tensor | None) -> Tensor:
+        """Take in the gradient of the last pass's normalised values; return it."""
+        assert gradient is not None
+        wide, normalised = at_least_float32(gradient), at_least_float32(self.normalised.detach())
+        over = _all_but_channels(wide)
+        sums = torch.stack([wide.sum(over), (wide * normalised).sum(over)])
         self._arrived = sums if self._arrived is None else self._arrived + sums
+        return gradient
 
     def finish_backward(self) -> None:
         assert self._arrived is not None
         assert self._statistics is not None
         self._means_of_gradients = sum_over_ranks(self._arrived) / self._statistics[2]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last pass's graph."""
+        self.normalised = torch.empty(0)
+
+    def gradient_before(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of what arrived, given that of what it became; both for one micro-batch."""
+        assert self._statistics is not None
+        return _backward(x, gradient, *self._statistics[:2], self._means_of_gradients)
+
+
+# Both directions of batch normalisation, given (c,) statistics of the whole batch. Functions of tensors, not
+# of a _State: a graph that led back to what holds it would be freed late.
+
+
+def _forward(x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    shape = _along_channels(x)
+    return ((at_least_float32(x) - mean.view(shape)) * inverse_std.view(shape)).to(x.dtype)
+
+
+def _backward(x: Tensor, gradient: Tensor, mean: Tensor, inverse_std: Tensor, means: Tensor | None) -> Tensor:
+    """Return the gradient of x; ``means``: (2, c) of gradients, and of gradients times normalised values."""
+    assert means is not None, "nobody asks before the sums of the whole batch are known"
+    shape = _along_channels(x)
+    normalised = at_least_float32(_forward(x, mean, inverse_std))
+    through_statistics = means[0].view(shape) + normalised * means[1].view(shape)
+    return ((at_least_float32(gradient) - through_statistics) * inverse_std.view(shape)).to(x.dtype)
 
 
 class _NormaliseByGiven(torch.autograd.Function):
-    """Normalise by given statistics of the whole batch; backward with the whole batch's two means, (2, c)."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, inverse_std: Tensor, gradients: Tensor | None) -> Tensor:
-        shape = _along_channels(x)
-        normalised = ((at_least_float32(x) - mean.view(shape)) * inverse_std.view(shape)).to(x.dtype)
-        ctx.save_for_backward(normalised, inverse_std, gradients)
-        return normalised
+    def forward(ctx: Any, x: Tensor, mean: Tensor, inverse_std: Tensor, means: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, mean, inverse_std, means)
+        return _forward(x, mean, inverse_std)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        normalised, inverse_std, means = ctx.saved_tensors
-        assert means is not None, "nothing asks for this layer's gradient before its sums are known"
-        shape = _along_channels(normalised)
-        through_statistics = means[0].view(shape) + at_least_float32(normalised) * means[1].view(shape)
-        wide = (at_least_float32(gradient) - through_statistics) * inverse_std.view(shape)
-        return wide.to(gradient.dtype), None, None, None
+        x, mean, inverse_std, means = ctx.saved_tensors
+        return _backward(x, gradient, mean, inverse_std, means), None, None, None
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

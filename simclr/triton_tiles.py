@@ -76,6 +76,20 @@ def _require_float32(x: Tensor) -> None:
         raise ValueError(f"the Triton kernels need a CUDA device, got rows on {x.device}; use kernels torch")
 
 
+# The interpreter rounds to bfloat16 but cannot multiply it.
+_MULTIPLIES_BF16: tl.constexpr = tl.constexpr(not IS_INTERPRETED)
+
+
+@triton.jit
+def _product(left, right, BF16: tl.constexpr):
+    """Multiply float32 matrices, their factors rounded to bfloat16 or not; the sums are float32."""
+    if BF16:
+        left, right = left.to(tl.bfloat16), right.to(tl.bfloat16)
+        if not _MULTIPLIES_BF16:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, input_precision="ieee")
+
+
 @triton.jit
 def _similarities(
     x, columns, row, column, num_rows, num_columns, width, scale,
@@ -93,10 +107,7 @@ def _similarities(
             mask=(column < num_columns)[None, :] & (k < width)[:, None],
             other=0.0,
         )
-        if BF16:
-            product += tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16))
-        else:
-            product += tl.dot(left, right, input_precision="ieee")
+        product += _product(left, right, BF16)
     product = tl.where((column < num_columns)[None, :], product * scale, float("-inf"))
     if IS_OWN:
         product = tl.where(row[:, None] == column[None, :], float("-inf"), product)
@@ -147,10 +158,7 @@ def _gradient(
             mask=(column < num_columns)[:, None] & (k < width)[None, :],
             other=0.0,
         )
-        if BF16:
-            total += tl.dot(coefficients.to(tl.bfloat16), right.to(tl.bfloat16))
-        else:
-            total += tl.dot(coefficients, right, input_precision="ieee")
+        total += _product(coefficients, right, BF16)
     tl.store(
         gradient + row[:, None] * width + k[None, :],
         total,
