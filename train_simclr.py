@@ -582,6 +582,7 @@ def say_start(
     print(f"precision:  {precision}")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
+    print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")
     for i, line in enumerate(derived.equations(config)):
         print(f"{'' if i else 'derived:':<12}{line}")
     encoder, projector = count_parameters(model.encoder), count_parameters(model.projector)
@@ -600,6 +601,19 @@ def say_start(
     if progress.step == derived.total_steps:
         print(f"finished:   nothing is left to do; a new run needs another --output than {config.folder}")
     sys.stdout.flush()
+
+
+def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
+    """Return in which form the loss is computed, and why."""
+    loss, b, d = config.loss, derived.per_device_batch_size, config.model.projection_dim
+    forced: str
+    if loss.name == "nt_xent":
+        forced, choice = loss.nt_xent_form, losses.choose_nt_xent(b, d, device, bf16_matmul=loss.bf16_matmul)
+    else:
+        forced, choice = loss.barlow_twins_form, losses.choose_barlow_twins(b, d)
+    form, reason = (choice.form, choice.reason) if forced == "auto" else (forced, "as configured")
+    kernels = loss.kernels if loss.kernels != "auto" else choice.kernels
+    return f"{form} ({reason})" + (f", {kernels} kernels" if form in {"tiled", "ring"} else "")
 
 
 def write_manifest(
