@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# torch 2.14 gives two collectives new names and warns of the old ones; torch 2.11 knows only the old.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def world_size() -> int:
     """Return the number of processes that train together (1 without a process group)."""
@@ -38,15 +42,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
-        return gathered
+        return gather(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
+        _reduce_scatter(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
         return own
 
 
@@ -138,7 +140,7 @@ def gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    _all_gather(gathered, rows.contiguous())
     return gathered
 
 
@@ -190,7 +192,7 @@ def gather_variable(rows: Tensor) -> Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = rows.new_empty((world_size() * max(counts), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
+    _all_gather(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered.chunk(world_size()), counts, strict=True)])
 
 
@@ -290,5 +292,5 @@ def _all_counts(rows: Tensor) -> Tensor:
     """Return the number of rows on each rank, int64, shape (world_size,), on the device of ``rows``."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = count.new_empty(world_size())
-    dist.all_gather_into_tensor(counts, count)
+    _all_gather(counts, count)
     return counts

@@ -230,11 +230,13 @@ def _cross_correlation(z: Tensor, n: int, centre: bool, is_whole: bool) -> Tenso
     with torch.no_grad():
         # C changes neither if a constant is subtracted from a (centred) feature nor if a feature is multiplied by one.
         # So means and sizes need no gradient, though they depend on all projections: through them it would be 0.
-        # In float64, since a mean far from 0 leaves little of float32's digits.
-        sums = total(torch.stack([z.sum(dim=0, dtype=torch.float64), z.double().square().sum(dim=0)]))
+        # The mean in float64, since one far from 0 leaves little of float32's digits.
+        lengths = torch.linalg.vector_norm(z, dim=0).double()
+        sums = total(torch.stack([z.sum(dim=0, dtype=torch.float64), lengths.square()]))
         mean, size = sums[0] / n, sums[1].sqrt()
         mean = mean if centre else torch.zeros_like(mean)
         mean, size = mean.to(z.dtype), size.to(z.dtype)
+        size = size.masked_fill(~size.isfinite(), torch.nan)  # not to be taken for a constant feature's below
     y1, y2 = ((z - mean) / size.masked_fill(size == 0, torch.inf)).unbind(dim=1)
     d = z.shape[2]
     products = total(torch.cat([y1.T @ y2, y1.square().sum(dim=0)[None], y2.square().sum(dim=0)[None]]))
