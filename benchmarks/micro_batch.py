@@ -33,7 +33,7 @@ def make_model(encoder: str) -> SimCLR:
     """Return a model in training mode, its weights from a fixed seed."""
     torch.manual_seed(0)
     config = ModelConfig(encoder=encoder, projector_batch_norm="vit" not in encoder)
-    model: SimCLR = SimCLR(config, SIDE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: SimCLR = SimCLR(config, SIDE).to(memory_format=torch.channels_last)
     return model.train()
 
 
