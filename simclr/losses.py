@@ -31,7 +31,7 @@ _GATHER_UP_TO_BYTES = 1 << 30
 # On a GPU, one matrix of similarities of up to this many elements (64 MiB) costs fewer kernel launches than tiles do.
 _MATRIX_UP_TO = 1 << 24
 # How many floating-point operations take as long as the transfer of one float32 between devices: that of a GPU with 60
-# TFLOP/s in float32 at 50 GB/s. docs/scaling.md says how little hangs on it.
+# TFLOP/s in float32 at 50 GB/s; docs/scaling.md says what hangs on it.
 _FLOP_PER_TRANSFER = 5000
 
 
