@@ -232,6 +232,7 @@ def require_same_start(run: Run) -> None:
 def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device."""
     config, derived = run.config, run.derived
+    run.guard.begin()
     mean, std = run.source.facts.normalisation
     view_1, view_2 = two_views(
         image,

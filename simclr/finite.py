@@ -56,10 +56,17 @@ class Guard:
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._optimizer, self._scaler = optimizer, scaler
         self._skips = policy == "skip" or scaler is not None
+        self._buffers = list(model.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._folder, self._rank = folder, distributed.rank()
         self._steps: list[_Step] = []  # not looked at yet
         self._norms: list[float] = []  # of those looked at
         self._in_a_row = 0
+
+    def begin(self) -> None:
+        """Remember the statistics of batch normalisation, which the forward pass changes. Before it, at each step."""
+        if self._skips:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
 
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
@@ -85,6 +92,9 @@ class Guard:
         """
         self._steps.append(_Step(step, epoch, index, loss, norms))
         is_finite = torch.linalg.vector_norm(norms).isfinite()
+        if self._skips:
+            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+                torch.where(is_finite, buffer, before, out=buffer)
         plain: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         if self._scaler is not None:
             self._optimizer.step()
