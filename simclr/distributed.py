@@ -149,9 +149,10 @@ class SideChannel:
         """Change the timeout, of training's collectives too."""
         self._timeout = timeout
         if self._group is not None:
+            # torch 2.14 has a public name for it.
+            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
             for group in (self._group, dist.group.WORLD):
-                # torchtitan's way, too; the public functions set it when a group is made only.
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+                change(timeout, group)
 
     def meet(self) -> None:
         """Wait until all ranks have come. Raises RuntimeError, on rank 0 naming those that have not."""

@@ -68,6 +68,11 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**defaults, **changes})
 
 
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Break something in this process, a rank's."""
+    setattr(owner, name, value)
+
+
 def finish(config: TrainConfig, world_size: int, logs: Path) -> None:
     with ranks(config, world_size, logs) as running:
         assert running.wait() == [0] * world_size, running.output(0)
@@ -136,7 +141,7 @@ def slow_disk(rank: int) -> None:
         time.sleep(0.03)
         fsync(descriptor)
 
-    os.fsync = slow
+    replace(os, "fsync", slow)
 
 
 @pytest.mark.distributed
@@ -245,7 +250,7 @@ def ask_at_once(rank: int) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         return start(config)
 
-    train_simclr.start_devices = asked
+    replace(train_simclr, "start_devices", asked)
 
 
 # ------------------------------------------------------------------------------------------ lost and standing still
@@ -305,7 +310,7 @@ def stand_still(rank: int) -> None:
             time.sleep(1000)
         return step(run, *arguments)
 
-    train_simclr.train_step = stuck
+    replace(train_simclr, "train_step", stuck)
 
 
 def test_a_rank_that_stands_still_is_ended_by_its_watchdog_with_all_stacks(images: Path, tmp_path: Path) -> None:
@@ -344,7 +349,7 @@ def fail_on_rank_1(rank: int) -> None:
             torch.empty(1 << 50)
         return step(run, *arguments)
 
-    train_simclr.train_step = failing
+    replace(train_simclr, "train_step", failing)
 
 
 @pytest.mark.distributed
@@ -377,7 +382,7 @@ def test_ranks_that_found_different_checkpoints_refuse_to_train(images: Path, tm
 def own_folder(rank: int) -> None:
     """Rank 1 sees no checkpoint, as on a machine with a disk of its own."""
     if rank == 1:
-        train_simclr.resume = lambda *arguments: train_simclr.Progress()
+        replace(train_simclr, "resume", lambda *arguments: train_simclr.Progress())
 
 
 # ------------------------------------------------------------------------------------------ not finite
@@ -385,7 +390,7 @@ def own_folder(rank: int) -> None:
 
 def spoil(step_spoilt: int, rank_spoilt: int, rank: int) -> None:
     """The views of one step are not numbers, on one rank."""
-    step, views = train_simclr.train_step, train_simclr.two_views
+    step, views = train_simclr.train_step, vars(train_simclr)["two_views"]
     taken = 0
 
     def counting(run: Any, *arguments: Any) -> Any:
@@ -397,7 +402,8 @@ def spoil(step_spoilt: int, rank_spoilt: int, rank: int) -> None:
         view_1, view_2 = views(*arguments, **options)
         return (view_1 * math.nan if (taken, rank) == (step_spoilt, rank_spoilt) else view_1), view_2
 
-    train_simclr.train_step, train_simclr.two_views = counting, spoilt
+    replace(train_simclr, "train_step", counting)
+    replace(train_simclr, "two_views", spoilt)
 
 
 spoil_step_6_on_rank_1 = functools.partial(spoil, 6, 1)
@@ -474,7 +480,7 @@ def test_skip_leaves_out_one_step_and_nothing_else(
         train_here(left_out)
     with monkeypatch.context() as patched:
         patched.setattr(train_simclr, "train_step", train_simclr.train_step)
-        patched.setattr(train_simclr, "two_views", train_simclr.two_views)
+        patched.setattr(train_simclr, "two_views", vars(train_simclr)["two_views"])
         patched.setattr(
             train_simclr,
             "make_optimizer",
