@@ -1,8 +1,10 @@
-"""How long training waits for a checkpoint: python benchmarks/checkpoint.py [REPEATS]
+"""How long training waits for a checkpoint.
+
+    python benchmarks/checkpoint.py [REPEATS]
 
 The model and optimizer of the preset cifar10-simclr-100 (ResNet-18, SGD with momentum), written to a temporary folder:
-in training's way (copied to host memory, then written by a thread) and in the plain way (the caller waits for the disk).
-Between two saves there is the time that the disk needs, as there is at the presets' interval of one epoch.
+in training's way (copied to host memory, then written by a thread) and in the plain way (the caller waits for the
+disk). Between two saves there is the time that the disk needs, as there is at the presets' interval of one epoch.
 """
 
 from __future__ import annotations
