@@ -476,7 +476,7 @@ def test_what_is_named_as_allowed_may_change(
     )
     with pytest.raises(ValueError, match=r"momentum was 0.9 and is 0.5; .*--allow-changed optimizer.momentum optim"):
         run(changed)
-    with pytest.raises(ValueError, match="optimizer.weight_decay was 0.0005 and is 0.0. Give"):
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay was 0.0005 and is 0.0. Give"):
         run(dataclasses.replace(changed, allow_changed=("optimizer.momentum",)))
     run(dataclasses.replace(changed, allow_changed=("optimizer", "data"), data=tmp_path / "other.beton"))
     shown = capsys.readouterr().out
