@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -436,7 +437,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)  # step 6 spoils the weights
     checkpoint.save_atomically(last, saved)
     good = last.read_bytes()
-    with pytest.raises(DivergedError, match=r"the loss is nan at step 7 .*last good checkpoint is .*/run/"):
+    with pytest.raises(DivergedError, match=r"the gradient is not finite at step 7; this rank's loss is nan"):
         run(config)
     assert last.read_bytes() == good
     assert max(line["step"] for line in lines(config)) == 6
@@ -512,6 +513,54 @@ def test_another_run_in_the_folder_is_neither_continued_nor_touched(one_device: 
         with pytest.raises(ValueError, match=message):
             run(config)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_is_named_as_allowed_may_change(
+    one_device: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
+    run(config)
+    beton.write(
+        tmp_path / "other.beton", *draw(1, "train", 0, NUM_IMAGES), classes=list(CLASSES), source="other shapes"
+    )
+    changed = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, momentum=0.5, weight_decay=0.0), stop_at_step=6
+    )
+    with pytest.raises(ValueError, match=r"momentum was 0.9 and is 0.5; .*--allow-changed optimizer.momentum optim"):
+        run(changed)
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay was 0.0005 and is 0.0. Give"):
+        run(dataclasses.replace(changed, allow_changed=("optimizer.momentum",)))
+    run(dataclasses.replace(changed, allow_changed=("optimizer", "data"), data=tmp_path / "other.beton"))
+    shown = capsys.readouterr().out
+    assert "changed:    optimizer.momentum was 0.9 and is 0.5 (--allow-changed)" in shown
+    assert "changed:    other images" in shown
+    run(dataclasses.replace(changed, data=tmp_path / "other.beton", stop_at_step=7))  # it is that run now
+    with pytest.raises(ValueError, match="allow_changed is 'optimiser', expected the name of a setting"):
+        dataclasses.replace(config, allow_changed=("optimiser",))
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=3)
+    run(config)
+    (config.folder / checkpoint.LAST).unlink()
+    with pytest.raises(ValueError, match=r"status.json tells of a checkpoint of step 3, but there is none"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    one_device: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    run(dataclasses.replace(config, stop_at_step=2 * STEPS))
+    with (config.folder / checkpoint.LAST).open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    run(config)
+    shown = capsys.readouterr().out
+    assert re.search(r"passed over: \S*checkpoint_last.pt is damaged .*the checksum of its \d+ bytes is wrong", shown)
+    assert f"resuming:   after step {STEPS} of" in shown
+    assert is_equal(weights(config), weights(one_device))
+    assert lines(config) == lines(one_device)
 
 
 def test_copies_that_srun_started_side_by_side_are_noticed(
