@@ -1,9 +1,9 @@
 """What every benchmark needs: rounds that take turns, peak memory in a fresh process, results as JSON.
 
-    timings = interleave({"ours": ours, "theirs": theirs}, rounds=9)
-    ratio = timings["theirs"].median / timings["ours"].median
-    grown = peak_memory("benchmarks.loss:nt_xent_step", 1024)
-    write_result(Path("results/benchmarks/loss.json"), {"seconds": as_json(timings), "memory": grown})
+timings = interleave({"ours": ours, "theirs": theirs}, rounds=9)
+ratio = timings["theirs"].median / timings["ours"].median
+grown = peak_memory("benchmarks.loss:nt_xent_step", 1024)
+write_result(Path("results/benchmarks/loss.json"), {"seconds": as_json(timings), "memory": grown})
 """
 
 from __future__ import annotations
