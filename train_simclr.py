@@ -36,11 +36,12 @@ from simclr.checkpoint import CheckpointError
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError
+from simclr.feed import ViewFeed
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
 from simclr.optim import describe_groups, learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog
-from simclr.views import describe, two_views
+from simclr.views import describe
 
 # How long a rank waits for the others before it gives up: a rank that has died must not hold the others for ever,
 # and rank 0 may be writing a checkpoint to a slow disk meanwhile.
@@ -82,21 +83,33 @@ def main(config: TrainConfig) -> Path:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
 
+        feed = ViewFeed(
+            source,
+            config.view_1,
+            config.view_2,
+            seed=config.seed,
+            choice=config.views,
+            device=accelerator.device,
+            dtype=forward_dtype(accelerator, config),
+        )
         progress = resume(config, source.facts, plain_model, optimizer, accelerator)
         if accelerator.is_main_process:
             config.folder.mkdir(parents=True, exist_ok=True)
-            say_start(config, derived, source, accelerator, precision_reason, plain_model, progress)
-            write_manifest(config, derived, source, accelerator, progress)
+            say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
+            write_manifest(config, derived, source, feed, accelerator, progress)
         if progress.step == derived.total_steps:
             return config.folder
 
-        run = Run(config, derived, source, accelerator, model, plain_model, optimizer, progress)
-        with RunLog(
-            config.folder,
-            is_main=accelerator.is_main_process,
-            total_steps=derived.total_steps,
-            first_step=progress.step,
-        ) as log:
+        run = Run(config, derived, source, feed, accelerator, model, plain_model, optimizer, progress)
+        with (
+            feed,
+            RunLog(
+                config.folder,
+                is_main=accelerator.is_main_process,
+                total_steps=derived.total_steps,
+                first_step=progress.step,
+            ) as log,
+        ):
             train(run, log)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -121,6 +134,7 @@ class Run:
     config: TrainConfig
     derived: Derived
     source: ImageSource
+    feed: ViewFeed
     accelerator: Accelerator
     model: nn.Module
     """As accelerate prepared it: autocast, and DDP where there are several processes."""
@@ -154,8 +168,8 @@ def train(run: Run, log: RunLog) -> None:
     run.model.train()
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
-        for batch in run.source.batches(plan, epoch=epoch, start_step=start_step):
-            meter.add(*train_step(run, batch.image, batch.index, epoch))
+        for views in run.feed.batches(plan, epoch=epoch, start_step=start_step):
+            meter.add(*train_step(run, views))
             progress.step += 1
             if progress.step % config.log_every_steps == 0 or progress.step == stop:
                 meter.report()
@@ -164,27 +178,18 @@ def train(run: Run, log: RunLog) -> None:
         finish_epoch(run, log, meter, is_last=progress.step == stop)
 
 
-def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device."""
+def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device.
+
+    Args:
+        run: What is trained.
+        views: (2b, 3, S, S): the first views of b images, then the second ones.
+    """
     config, derived = run.config, run.derived
-    mean, std = run.source.facts.normalisation
-    view_1, view_2 = two_views(
-        image,
-        index,
-        config.view_1,
-        config.view_2,
-        seed=config.seed,
-        epoch=epoch,
-        size=run.source.facts.height,
-        mean=mean,
-        std=std,
-    )
-    dtype = parameter_dtype(config)
-    view_1, view_2 = view_1.to(dtype), view_2.to(dtype)
     if config.batch_norm_per_view:
-        z1, z2 = run.model(view_1)[1], run.model(view_2)[1]
+        z1, z2 = (run.model(view)[1] for view in views.chunk(2))
     else:
-        z1, z2 = run.model(torch.cat([view_1, view_2]))[1].chunk(2)
+        z1, z2 = run.model(views)[1].chunk(2)
     loss = objective(config)(z1, z2) * config.loss.scale
     run.accelerator.backward(loss)
     if config.optimizer.gradient_clip_norm is not None:
@@ -433,7 +438,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, st
 
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype of weights and views."""
+    """Return the dtype of the weights."""
     return torch.float64 if config.precision == "fp64" else torch.float32
 
 
@@ -516,6 +521,7 @@ def say_start(
     config: TrainConfig,
     derived: Derived,
     source: ImageSource,
+    feed: ViewFeed,
     accelerator: Accelerator,
     precision: str,
     model: SimCLR,
@@ -528,6 +534,7 @@ def say_start(
     print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
     print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
     print(f"loader:     {source.backend} ({source.reason})")
+    print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
@@ -553,7 +560,12 @@ def say_start(
 
 
 def write_manifest(
-    config: TrainConfig, derived: Derived, source: ImageSource, accelerator: Accelerator, progress: Progress
+    config: TrainConfig,
+    derived: Derived,
+    source: ImageSource,
+    feed: ViewFeed,
+    accelerator: Accelerator,
+    progress: Progress,
 ) -> None:
     """Write manifest.json: what the result depends on, and the sessions that made it."""
     path = config.folder / runlog.MANIFEST
@@ -564,6 +576,7 @@ def write_manifest(
         "device": str(accelerator.device.type),
         "mixed_precision": accelerator.mixed_precision,
         "loader": f"{source.backend}: {source.reason}",
+        "views": f"{feed.method}: {feed.reason}",
     }
     earlier = []
     if progress.step and path.exists():

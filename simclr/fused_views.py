@@ -69,6 +69,7 @@ class FusedViews:
         mean: Per channel, of pixels in [0, 1].
         std: Per channel, > 0.
         dtype: Of the views: float32, or bfloat16 or float16, rounded to nearest, ties to even.
+        pin_memory: Whether the views are put into memory that a GPU can copy from by itself.
         threads: How many share a batch, >= 1; no effect on the result. 1 is the calling thread.
 
     Raises:
@@ -85,6 +86,7 @@ class FusedViews:
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         if dtype not in _KINDS:
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
@@ -92,6 +94,7 @@ class FusedViews:
             raise ValueError(f"size and threads must be at least 1, got size {size} and threads {threads}")
         require_normalisation(mean, std)
         self.specs, self.size, self.dtype, self.threads = (spec_1, spec_2), size, dtype, threads
+        self._pin_memory = pin_memory
         self._mean = np.array(mean, np.float32)
         self._scale = (1 / np.array(std, np.float64)).astype(np.float32)
         self._kernel = compiled().kernel
@@ -129,8 +132,7 @@ class FusedViews:
             require_fitting(parameters, image)
         b, height, width = image.shape[:3]
         pixels = image.contiguous().numpy().reshape(b, height, 3 * width)
-        # Memory from numpy, which asks Linux for large pages: page faults in memory from torch took 14 us an image.
-        out = np.empty((2, b, self.size * self.size * 3), np.float32 if self.dtype == torch.float32 else np.uint16)
+        out = self._memory(2, b, self.size * self.size * 3)
         jobs = [
             (_prepare(parameters, spec, self.size), out_of_view)
             for parameters, spec, out_of_view in zip(drawn, self.specs, out, strict=True)
@@ -148,6 +150,14 @@ class FusedViews:
             )
         views = torch.from_numpy(out.reshape(2 * b, self.size, self.size, 3))
         return (views if self.dtype == torch.float32 else views.view(self.dtype)).permute(0, 3, 1, 2)
+
+    def _memory(self, *shape: int) -> _Array:
+        """New memory for views; numpy has no bfloat16, so that shorter floats are bit patterns."""
+        if self._pin_memory:
+            pinned = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+            return (pinned if self.dtype == torch.float32 else pinned.view(torch.uint16)).numpy()
+        # From numpy, which asks Linux for large pages: page faults in memory from torch took 14 us an image.
+        return np.empty(shape, np.float32 if self.dtype == torch.float32 else np.uint16)
 
     def _compute(self, pixels: _Array, p: _Prepared, out: _Array, part: slice) -> None:
         out_32, out_16 = (out, _NO_16) if out.dtype == np.float32 else (_NO_32, out)
@@ -269,6 +279,8 @@ def cache_folder() -> Path | None:
     source, which may be read-only or shared by machines with other processors. One folder for each source text, numba
     and processor, so that processes that compile at the same time write the same files, each in one piece.
     """
+    if not hasattr(os, "getuid"):  # Windows
+        return None
     host = f"{llvmlite.binding.get_host_cpu_name()} {llvmlite.binding.get_host_cpu_features().flatten()}"
     text = f"{numba.__version__} {np.__version__} {host} {os.environ.get('NUMBA_CPU_NAME')}"
     key = hashlib.sha256(text.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
@@ -518,10 +530,12 @@ def _blur(plane: _Array, bell: _Array, rows: _Array, padded: _Array) -> None:
                 for x in range(size):
                     row[x] += weight * (above[x] + below[x])
     for i in range(size):
-        padded[reach : reach + size] = rows[i]
+        row = rows[i]
+        for x in range(size):
+            padded[reach + x] = row[x]
         for k in range(reach):
-            padded[reach - 1 - k] = rows[i, k + 1]
-            padded[reach + size + k] = rows[i, size - 2 - k]
+            padded[reach - 1 - k] = row[k + 1]
+            padded[reach + size + k] = row[size - 2 - k]
         row, centre = plane[i], rows[i]
         for k in range(1, reach + 1):
             before, after = padded[reach - k : reach - k + size], padded[reach + k : reach + k + size]
