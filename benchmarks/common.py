@@ -68,7 +68,8 @@ def interleave(
     at both ends of a timed stretch.
 
     Args:
-        candidates: Name -> callable; what it returns is dropped.
+        candidates: Name -> callable. One that returns a float has timed itself, in seconds: a pipeline, say, that is
+            not to be timed while it fills.
         rounds: Timed rounds, >= 1.
         warm_up: Rounds before them, not counted: compilation, page faults, caches.
         calls: Name -> calls per round, for candidates too short to be timed singly; 1 where not given. ``seconds``
@@ -91,12 +92,14 @@ def interleave(
             gc.collect()  # a candidate's garbage is not to be collected in the next one's time
             _wait_for_gpu()
             before, started = _cpu_seconds(), time.perf_counter()
+            own = 0.0
             for _ in range(times):
-                candidates[name]()
+                result = candidates[name]()
+                own += result if isinstance(result, float) else 0.0
             _wait_for_gpu()
             elapsed = time.perf_counter() - started
             if number >= 0:
-                seconds[name].append(elapsed / times)
+                seconds[name].append((own or elapsed) / times)
                 after = _cpu_seconds()
                 if before is not None and after is not None:
                     busy[name].append((after - before, elapsed))
@@ -104,7 +107,7 @@ def interleave(
     return {
         name: Timing(
             tuple(seconds[name]),
-            max(0.0, sum(used for used, _ in busy[name]) / cores / sum(wall for _, wall in busy[name]))
+            min(1.0, max(0.0, sum(used for used, _ in busy[name]) / cores / sum(wall for _, wall in busy[name])))
             if busy[name]
             else None,
         )
