@@ -30,7 +30,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, losses, runlog
+from simclr import checkpoint, distributed, evaluation, host, losses, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import CheckpointError
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
@@ -68,6 +68,7 @@ def main(config: TrainConfig) -> Path:
         DivergedError: If the loss or a weight is not finite any more; the last good checkpoint stays.
     """
     accelerator, precision_reason = start_devices(config)
+    memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
     with open_images(config.data, backend=config.loader, device=accelerator.device) as source:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
@@ -96,6 +97,8 @@ def main(config: TrainConfig) -> Path:
         if accelerator.is_main_process:
             config.folder.mkdir(parents=True, exist_ok=True)
             say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
+            if memory is not None:
+                print(f"memory:     {memory}", flush=True)
             write_manifest(config, derived, source, feed, accelerator, progress)
         if progress.step == derived.total_steps:
             return config.folder

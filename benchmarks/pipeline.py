@@ -3,8 +3,8 @@
     python -m benchmarks.pipeline --data data/cifar10/train.beton
 
 Every candidate reads the same images, at the same settings: crops of 20 to 100 % of the area, flip, jitter 0.4, 0.4,
-0.4, 0.1 with probability 0.8, grayscale 0.2, normalised float32. Each has what suits it: DataLoaders one worker per core
-and images decoded beforehand, batched operations all threads. Peers that are not installed are left out; see
+0.4, 0.1 with probability 0.8, grayscale 0.2, normalised float32. Each has what suits it: DataLoaders one worker per
+core and images decoded beforehand, batched operations all threads. Peers that are not installed are left out; see
 benchmarks/README.md.
 """
 
