@@ -513,14 +513,19 @@ def _load_ffcv() -> _FFCV:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils, and does not use it
         import numba
+        import numba.typed
 
-        numba_threads = numba.get_num_threads()
+        numba_threads, typed_dict = numba.get_num_threads(), numba.typed.Dict
+        # FFCV's table of two encodings is a compiled dictionary, which takes 3 seconds, and is read by Python only.
+        numba.typed.Dict = dict
         try:
             from ffcv import _libffcv
             from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
             from ffcv.loader import Loader, OrderOption, epoch_iterator
             from ffcv.pipeline.compiler import Compiler
-        finally:  # importing it sets both to 1; torch comes last, as numba may share its OpenMP library
+        finally:
+            numba.typed.Dict = typed_dict
+            # Importing FFCV sets both to 1; torch comes last, as numba may share its OpenMP library.
             numba.set_num_threads(numba_threads)
             torch.set_num_threads(torch_threads)
 
