@@ -1,8 +1,10 @@
 """How many images per second a training step takes, by this project's loop and by others, on the same views.
 
     python -m benchmarks.step
+    python -m benchmarks.step --preset cpu-simclr --batch-size 256 --with-views
 
-The same network, batch, views, optimizer and precision for all; what differs is the loop around them.
+The same network, batch, views, optimizer and precision for all; what differs is the loop around them. With
+--with-views, this project's loop makes its views too: beside the step, within it, or by batched torch operations.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from benchmarks import common
 from simclr import beton, host
 from simclr.config import TrainConfig, derive
 from simclr.data import EpochPlan, open_images
-from simclr.feed import ViewFeed
+from simclr.feed import ViewFeed, ViewsChoice
+from simclr.fused_views import FusedViews
 from simclr.models import SimCLR
 from simclr.optim import make_optimizer
 from simclr.presets import PRESETS
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=common.ROOT / "results" / "benchmarks" / "step.json")
+    parser.add_argument("--with-views", action="store_true")
     parser.add_argument("--quick", action="store_true", help="seconds, with a tiny network; not to be quoted")
     options = parser.parse_args()
     config = PRESETS[options.preset].config
@@ -61,8 +65,9 @@ def main() -> None:
             num_validation=0,
         )
         with contextlib.ExitStack() as stack:
-            timings = common.interleave(prepare(stack, config), rounds=options.rounds)
-        print(common.table(timings, images=batch_size, against=OURS))
+            candidates, ours = prepare(stack, config, with_views=options.with_views)
+            timings = common.interleave(candidates, rounds=options.rounds)
+        print(common.table(timings, images=batch_size, against=ours))
         common.write_result(
             options.output,
             {
@@ -72,9 +77,12 @@ def main() -> None:
         )
 
 
-def prepare(stack: contextlib.ExitStack, config: TrainConfig) -> dict[str, Callable[[], object]]:
-    """Return one step of each loop."""
-    pixels = np.random.default_rng(0).integers(0, 256, (config.global_batch_size, 32, 32, 3), np.uint8)
+def prepare(
+    stack: contextlib.ExitStack, config: TrainConfig, *, with_views: bool
+) -> tuple[dict[str, Callable[[], object]], str]:
+    """Return one step of each loop, and which is this project's."""
+    batch_size = config.global_batch_size
+    pixels = np.random.default_rng(0).integers(0, 256, (64 * batch_size, 32, 32, 3), np.uint8)
     labels = np.zeros(len(pixels), np.int64)
     beton.write(config.data, pixels, labels, classes=["noise"], source="noise")
     source = stack.enter_context(open_images(config.data, backend="memory"))
@@ -85,15 +93,40 @@ def prepare(stack: contextlib.ExitStack, config: TrainConfig) -> dict[str, Calla
     plain = SimCLR(config.model, 32).to(accelerator.device).to(memory_format=torch.channels_last)
     model, optimizer = accelerator.prepare(plain, make_optimizer(plain, config.optimizer))
     dtype = train_simclr.forward_dtype(accelerator, config)
-    feed = stack.enter_context(
-        ViewFeed(source, config.view_1, config.view_2, seed=0, device=accelerator.device, dtype=dtype)
-    )
+    host.keep_freed_memory()
+    device = accelerator.device
+
+    def feed_by(choice: ViewsChoice) -> ViewFeed:
+        feed = ViewFeed(source, config.view_1, config.view_2, seed=0, choice=choice, device=device, dtype=dtype)
+        return stack.enter_context(feed)
+
+    feed = feed_by("auto")
     derived = derive(config, len(pixels), 1)
     run = train_simclr.Run(
         config, derived, source, feed, accelerator, model, plain, optimizer, train_simclr.Progress(step=1)
     )
-    plan = EpochPlan(np.arange(len(pixels)), len(pixels))
-    (views,) = feed.batches(plan)
+    plan = EpochPlan(np.arange(len(pixels)), batch_size)
+    views = next(iter(feed.batches(plan)))
+    feed.close()
+    if with_views:
+        beside, torch_views = iter(feed_by("auto").batches(plan)), iter(feed_by("torch").batches(plan))
+        mean, std = source.facts.normalisation
+        threads = torch.get_num_threads()
+        fused = stack.enter_context(
+            FusedViews(config.view_1, config.view_2, size=32, mean=mean, std=std, dtype=dtype, threads=threads)
+        )
+        stored = iter(source.batches(plan))
+
+        def within() -> None:
+            batch = next(stored)
+            train_simclr.train_step(run, fused(batch.image, batch.index, seed=0, epoch=0))
+
+        return {
+            "beside the step": lambda: train_simclr.train_step(run, next(beside)),
+            f"within the step, {threads} threads": within,
+            "batched torch operations within the step": lambda: train_simclr.train_step(run, next(torch_views)),
+            "no views, always the same batch": lambda: train_simclr.train_step(run, views),
+        }, "beside the step"
     view_1, view_2 = (view.float().contiguous(memory_format=torch.contiguous_format) for view in views.chunk(2))
 
     def ours() -> None:
@@ -116,7 +149,7 @@ def prepare(stack: contextlib.ExitStack, config: TrainConfig) -> dict[str, Calla
         from lightly.loss import NTXentLoss
 
         loops["a plain script with lightly's loss"] = plain_loop(config, view_1, view_2, NTXentLoss(temperature))
-    return loops
+    return loops, OURS
 
 
 def plain_loop(
