@@ -29,7 +29,7 @@ from benchmarks import common
 from simclr import beton, host
 from simclr.config import TrainConfig, derive
 from simclr.data import EpochPlan, open_images
-from simclr.feed import ViewFeed, ViewsChoice
+from simclr.feed import AHEAD, Ahead, ViewFeed, ViewsChoice
 from simclr.fused_views import FusedViews
 from simclr.models import SimCLR
 from simclr.optim import make_optimizer
@@ -109,13 +109,18 @@ def prepare(
     views = next(iter(feed.batches(plan)))
     feed.close()
     if with_views:
-        beside, torch_views = iter(feed_by("auto").batches(plan)), iter(feed_by("torch").batches(plan))
+        torch_views = iter(feed_by("torch").batches(plan))
         mean, std = source.facts.normalisation
         threads = torch.get_num_threads()
         fused = stack.enter_context(
             FusedViews(config.view_1, config.view_2, size=32, mean=mean, std=std, dtype=dtype, threads=threads)
         )
         stored = iter(source.batches(plan))
+        one = stack.enter_context(
+            FusedViews(config.view_1, config.view_2, size=32, mean=mean, std=std, dtype=dtype, threads=1)
+        )
+        beside = Ahead((one(batch.image, batch.index, seed=0, epoch=0) for batch in source.batches(plan)), AHEAD)
+        stack.callback(beside.close)
 
         def within() -> None:
             batch = next(stored)

@@ -1,16 +1,17 @@
-"""Both views of each batch, made in the background while the step before runs.
+"""Both views of each batch, made in the background where there is something to make them on while a step runs.
 
 One mechanism for every reader of images and every device: a thread reads batches, makes views, and hands them over
-through a short queue. Nothing of a run depends on it, on the number of threads or on how far it is ahead: views are a
-function of seed, epoch and image.
+through a short queue. Where the step itself keeps all cores busy, views are made within it. Nothing of a run depends on
+that, on the number of threads or on how far the thread is ahead: views are a function of seed, epoch and image.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,12 @@ from torch import Tensor
 from simclr.data import Batch, EpochPlan, ImageSource
 from simclr.views import ViewSpec, two_views
 
+if TYPE_CHECKING:
+    from simclr import fused_views
+
 ViewsChoice = Literal["auto", "fused", "torch"]
 
 AHEAD = 2  # batches that wait, so that one that took long to read is not felt
-THREADS = 1
-"""Threads that make fused views beside a step on the CPU. One makes tens of thousands of images a second where a CPU's
-step takes hundreds, and a second one would only be in the step's way (measured: docs/decisions/0010-fused-views.md)."""
-
 _Item = TypeVar("_Item")
 
 
@@ -43,6 +43,7 @@ class ViewFeed:
 
     Attributes:
         method: What was chosen.
+        in_background: Whether a thread makes the views of the next batches while a step runs.
         reason: Why, and how it is done, in one line for the user.
 
     Raises:
@@ -63,19 +64,33 @@ class ViewFeed:
         self.source, self.specs, self.seed = source, (view_1, view_2), seed
         self.device, self.dtype = torch.device(device), dtype
         self._running: Ahead[Tensor] | None = None
+        self._fused: fused_views.FusedViews | None = None
         obstacle = _fused_obstacle(self.device, dtype, choice)
         if choice == "fused" and obstacle is not None:
             raise ValueError(f"views cannot be fused, since {obstacle}. Or use --views torch")
         self.method: Literal["fused", "torch"] = "fused" if obstacle is None else "torch"
+        # Beside a step that keeps all cores busy, a thread only gets in its way (measured: decision 0010); and torch's
+        # operations would run on as many threads again.
+        self.in_background = self.device.type == "cuda" or (self.method == "fused" and _spare_cores() > 0)
+        where = f"{AHEAD} batches ahead of the step" if self.in_background else "within the step"
+        how = f"on {self.device.type}"
         if self.method == "fused":
-            self._make, how = self._fused()
-        else:
-            self._make, how = self._torch, f"on {self.device.type}"
-        # Beside the step, torch's operations would run on as many CPU threads again, which wait for each other.
-        self._in_background = self.method == "fused" or self.device.type == "cuda"
-        when = f"{AHEAD} batches ahead of the step" if self._in_background else "within the step"
+            from simclr import fused_views  # needs numba
+
+            mean, std = source.facts.normalisation
+            threads = 1 if self.in_background else torch.get_num_threads()
+            self._fused = fused_views.FusedViews(
+                *self.specs,
+                size=source.facts.height,
+                mean=mean,
+                std=std,
+                dtype=dtype,
+                threads=threads,
+                pin_memory=self.device.type == "cuda",
+            )
+            how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
         why = "as configured" if obstacle is None or choice == "torch" else f"since {obstacle}"
-        self.reason = f"{how}, {when}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
+        self.reason = f"{where}, {how}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
 
     def batches(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[Tensor]:
         """Yield the views of this rank's batches of one epoch. Stopping early is fine; one epoch at a time.
@@ -93,7 +108,7 @@ class ViewFeed:
             RuntimeError: While iterating, if the background thread has died. What it raised is raised here.
         """
         made = self._views(self.source.batches(plan, epoch=epoch, start_step=start_step), epoch)
-        if not self._in_background:
+        if not self.in_background:
             return made
         self.close()
         self._running = Ahead(made, AHEAD, _same_stream(self.device))
@@ -103,38 +118,19 @@ class ViewFeed:
         for batch in batches:
             yield self._make(batch, epoch)
 
-    def _fused(self) -> tuple[Callable[[Batch, int], Tensor], str]:
-        from simclr import fused_views  # needs numba
-
-        mean, std = self.source.facts.normalisation
-        size, is_cpu = self.source.facts.height, self.device.type == "cpu"
-        views = fused_views.FusedViews(
-            *self.specs, size=size, mean=mean, std=std, dtype=self.dtype, threads=THREADS, pin_memory=not is_cpu
-        )
-
-        def make(batch: Batch, epoch: int) -> Tensor:
-            made = views(batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
+    def _make(self, batch: Batch, epoch: int) -> Tensor:
+        if self._fused is not None:
+            views = self._fused(batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
             # Pinned memory is not used again before the copy has ended: torch's allocator waits for it.
-            return made.to(self.device, non_blocking=True)
-
-        return make, f"numba, {THREADS} thread, {fused_views.compiled().how}"
-
-    def _torch(self, batch: Batch, epoch: int) -> Tensor:
+            return views.to(self.device, non_blocking=True)
         mean, std = self.source.facts.normalisation
-        views = two_views(
-            batch.image.to(self.device),
-            batch.index,
-            *self.specs,
-            seed=self.seed,
-            epoch=epoch,
-            size=self.source.facts.height,
-            mean=mean,
-            std=std,
-        )
-        return torch.cat(views).to(self.dtype)
+        size = self.source.facts.height
+        image = batch.image.to(self.device)
+        pair = two_views(image, batch.index, *self.specs, seed=self.seed, epoch=epoch, size=size, mean=mean, std=std)
+        return torch.cat(pair).to(self.dtype)
 
     def close(self) -> None:
-        """End the background thread, if one runs. May be called twice."""
+        """End the background thread, if one runs. May be called twice; the feed can be used again."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -144,6 +140,14 @@ class ViewFeed:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        if self._fused is not None:
+            self._fused.close()
+
+
+def _spare_cores() -> int:
+    """Cores that this process may use and the steps of the processes on this machine leave alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores - torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _fused_obstacle(device: torch.device, dtype: torch.dtype, choice: ViewsChoice) -> str | None:

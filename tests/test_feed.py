@@ -73,9 +73,19 @@ def test_fused_views_are_those_of_the_seed_epoch_and_batch(source: ImageSource, 
             torch.testing.assert_close(torch.cat(found).float(), torch.cat(by_hand(source, epoch)), rtol=0, atol=bound)
 
 
-def test_views_are_made_beside_the_step(source: ImageSource) -> None:
+def test_views_are_made_beside_the_step_where_it_leaves_a_core(
+    source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("numba")
+    monkeypatch.setattr("simclr.feed._spare_cores", lambda: 0)
     with ViewFeed(source, ViewSpec(), OTHER, seed=9) as feed:
+        within = list(feed.batches(PLAN))
+        assert "within the step" in feed.reason
+        assert views_threads() == []
+    monkeypatch.setattr("simclr.feed._spare_cores", lambda: 1)
+    with ViewFeed(source, ViewSpec(), OTHER, seed=9) as feed:
+        assert "ahead of the step" in feed.reason
+        assert all(map(torch.equal, feed.batches(PLAN), within))
         batches = feed.batches(PLAN)
         next(batches)
         assert len(views_threads()) == 1
