@@ -132,7 +132,10 @@ class FusedViews:
             require_fitting(parameters, image)
         b, height, width = image.shape[:3]
         pixels = image.contiguous().numpy().reshape(b, height, 3 * width)
-        out = self._memory(2, b, self.size * self.size * 3)
+        views = self._memory((2 * b, self.size, self.size, 3))
+        # numpy has no bfloat16, so that shorter floats are written as bit patterns
+        bits = views if self.dtype == torch.float32 else views.view(torch.uint16)
+        out = bits.numpy().reshape(2, b, self.size * self.size * 3)
         jobs = [
             (_prepare(parameters, spec, self.size), out_of_view)
             for parameters, spec, out_of_view in zip(drawn, self.specs, out, strict=True)
@@ -148,16 +151,14 @@ class FusedViews:
                     lambda work: self._compute(pixels, *work), [(*job, part) for job in jobs for part in slices]
                 )
             )
-        views = torch.from_numpy(out.reshape(2 * b, self.size, self.size, 3))
-        return (views if self.dtype == torch.float32 else views.view(self.dtype)).permute(0, 3, 1, 2)
+        return views.permute(0, 3, 1, 2)
 
-    def _memory(self, *shape: int) -> _Array:
-        """New memory for views; numpy has no bfloat16, so that shorter floats are bit patterns."""
+    def _memory(self, shape: tuple[int, ...]) -> Tensor:
         if self._pin_memory:
-            pinned = torch.empty(shape, dtype=self.dtype, pin_memory=True)
-            return (pinned if self.dtype == torch.float32 else pinned.view(torch.uint16)).numpy()
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
         # From numpy, which asks Linux for large pages: page faults in memory from torch took 14 us an image.
-        return np.empty(shape, np.float32 if self.dtype == torch.float32 else np.uint16)
+        memory = torch.from_numpy(np.empty(shape, np.float32 if self.dtype == torch.float32 else np.uint16))
+        return memory.view(self.dtype)
 
     def _compute(self, pixels: _Array, p: _Prepared, out: _Array, part: slice) -> None:
         out_32, out_16 = (out, _NO_16) if out.dtype == np.float32 else (_NO_32, out)
@@ -578,7 +579,7 @@ def _to_bfloat16(values: _Array, out: _Array) -> None:
 
 @_inner
 def _to_float16(values: _Array, shifted: _Array, out: _Array) -> None:
-    """Rounded to nearest, ties to even; below 65,504 in magnitude, as normalised pixels are."""
+    """Rounded to nearest, ties to even, and to infinity from 65,520 on; values are finite."""
     for i in range(len(values)):
         shifted[i] = abs(values[i]) + _F(0.5)  # the unit in the last place of [0.5, 1) is that of float16 near 0
     bits, bits_near_0 = values.view(np.uint32), shifted.view(np.uint32)
@@ -588,4 +589,5 @@ def _to_float16(values: _Array, shifted: _Array, out: _Array) -> None:
         normal = (size - np.uint32((127 - 15) << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
         near_0 = bits_near_0[i] - np.uint32(0x3F000000)
         half = near_0 if size < np.uint32(0x38800000) else normal  # 2**-14, the smallest normal float16
+        half = half if size < np.uint32(0x477FF000) else np.uint32(0x7C00)  # 65,520
         out[i] = np.uint16(half | ((bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
