@@ -195,6 +195,7 @@ class Ahead(Generic[_Item]):
         self._items, self._context = items, context
         self._ready: queue.Queue[tuple[_Item] | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
+        self._ended = False  # by what the generator did
         self._thread = threading.Thread(target=self._run, name="views", daemon=True)
         self._thread.start()
 
@@ -238,15 +239,19 @@ class Ahead(Generic[_Item]):
             except queue.Empty:
                 if was_alive:
                     continue
+                self._ended = True
                 self.close()
                 raise RuntimeError(
                     "the background thread that makes views is gone: threads do not survive a fork of the process"
                 ) from None
             if isinstance(entry, tuple):
                 return entry[0]
+            self._ended = True
             self.close()
             if entry is not None:
                 raise entry
+        if not self._ended:  # an epoch must not look shorter than it is
+            raise RuntimeError("the views were closed before their end; ask the feed for batches again")
         raise StopIteration
 
     def close(self) -> None:

@@ -171,6 +171,8 @@ def test_leaving_early_closes_thread_and_generator() -> None:
     ahead.close()
     assert made[-1] == -1
     assert views_threads() == []
+    with pytest.raises(RuntimeError, match="closed before their end"):  # and never looks like a short epoch
+        next(ahead)
 
 
 def test_errors_of_the_thread_are_raised_where_items_are_taken() -> None:
