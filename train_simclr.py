@@ -31,12 +31,14 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, host, losses, runlog
+from simclr.batch_norm import replace_batch_norm
 from simclr.beton import Facts
 from simclr.checkpoint import CheckpointError
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError
 from simclr.feed import ViewFeed
+from simclr.micro_batch import BatchInParts, split_into_units
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
 from simclr.optim import describe_groups, learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
 from simclr.presets import parse_train_config
@@ -47,10 +49,11 @@ from simclr.views import describe
 # and rank 0 may be writing a checkpoint to a slow disk meanwhile.
 PATIENCE = datetime.timedelta(minutes=10)
 
-# Fields that may differ between a run and its continuation, because the weights do not depend on them.
+# Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
     {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
-    | {"log_every_steps", "checkpoint_every_epochs"}
+    | {"log_every_steps", "checkpoint_every_epochs", "micro_batch_size", "loss.nt_xent_form"}
+    | {"loss.barlow_twins_form", "loss.kernels"}
 )
 
 
@@ -76,13 +79,17 @@ def main(config: TrainConfig) -> Path:
         # The same weights on every rank, from the seed
         torch.manual_seed(config.seed)
         plain_model = SimCLR(config.model, size)
-        if derived.world_size > 1 and config.global_batch_norm:
+        if config.micro_batch_size is not None:
+            replace_batch_norm(plain_model)
+        elif derived.world_size > 1 and config.global_batch_norm:
             use_global_batch_norm(plain_model, accelerator.device)
         plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
             # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
+
+        units = None if config.micro_batch_size is None else split_into_units(plain_model, size)
 
         feed = ViewFeed(
             source,
@@ -103,7 +110,7 @@ def main(config: TrainConfig) -> Path:
         if progress.step == derived.total_steps:
             return config.folder
 
-        run = Run(config, derived, source, feed, accelerator, model, plain_model, optimizer, progress)
+        run = Run(config, derived, source, feed, accelerator, model, plain_model, optimizer, progress, units)
         with (
             feed,
             RunLog(
@@ -145,6 +152,8 @@ class Run:
     """The same weights without those wrappers."""
     optimizer: Any
     progress: Progress
+    units: list[nn.Sequential] | None
+    """The model in parts, where a batch is taken in micro-batches."""
 
     @property
     def epoch(self) -> int:
@@ -189,12 +198,10 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         views: (2b, 3, S, S): the first views of b images, then the second ones.
     """
     config, derived = run.config, run.derived
-    if config.batch_norm_per_view:
-        z1, z2 = (run.model(view)[1] for view in views.chunk(2))
-    else:
-        z1, z2 = run.model(views)[1].chunk(2)
-    loss = objective(config)(z1, z2) * config.loss.scale
-    run.accelerator.backward(loss)
+    # What passes the network together, so that batch normalisation sees it together
+    groups = list(views.chunk(2)) if config.batch_norm_per_view else [views]
+    passes = whole_batch if run.units is None else in_micro_batches
+    loss, z1, z2 = passes(run, groups)
     if config.optimizer.gradient_clip_norm is not None:
         run.accelerator.clip_grad_norm_(run.plain_model.parameters(), config.optimizer.gradient_clip_norm)
     set_learning_rate(run.optimizer, learning_rate(config, derived, run.progress.step))
@@ -203,12 +210,56 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), z1.detach(), z2.detach()
 
 
+def whole_batch(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass this rank's views forward and backward at once; return loss, z1 and z2."""
+    z1, z2 = torch.cat([run.model(group)[1] for group in groups]).chunk(2)
+    loss = objective(run.config)(z1, z2)
+    run.accelerator.backward(loss)
+    return loss, z1, z2
+
+
+def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same a micro-batch at a time: all projections first, then their gradient, then each micro-batch again."""
+    assert run.units is not None
+    assert run.config.micro_batch_size is not None
+    rows = run.config.micro_batch_size * 2 // len(groups)
+    ways = [BatchInParts(run.units, rows, run.accelerator.autocast) for _ in groups]
+    z = torch.cat([way.project(group) for way, group in zip(ways, groups, strict=True)]).requires_grad_()
+    z1, z2 = z.chunk(2)
+    loss = objective(run.config)(z1, z2)
+    run.accelerator.backward(loss)
+    assert z.grad is not None
+    for way, gradient in zip(ways, z.grad.chunk(len(groups)), strict=True):
+        way.backward(gradient)
+    distributed.average_gradients(run.plain_model.parameters())  # DDP averages only what passed through it
+    return loss, z1, z2
+
+
 def objective(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss as a function of the two views' projections."""
+    """Return the loss, times its scale, as a function of the two views' projections."""
     loss = config.loss
-    if loss.name == "nt_xent":
-        return functools.partial(losses.nt_xent, temperature=loss.temperature)
-    return functools.partial(losses.barlow_twins, off_diagonal_weight=loss.off_diagonal_weight, centre=loss.centre)
+
+    def scaled(z1: Tensor, z2: Tensor) -> Tensor:
+        if loss.name == "nt_xent":
+            value = losses.nt_xent(
+                z1,
+                z2,
+                temperature=loss.temperature,
+                form=loss.nt_xent_form,
+                kernels=loss.kernels,
+                bf16_matmul=loss.bf16_matmul,
+            )
+        else:
+            value = losses.barlow_twins(
+                z1,
+                z2,
+                off_diagonal_weight=loss.off_diagonal_weight,
+                centre=loss.centre,
+                form=loss.barlow_twins_form,
+            )
+        return value * loss.scale
+
+    return scaled
 
 
 def learning_rate(config: TrainConfig, derived: Derived, step: int) -> float:
@@ -484,7 +535,7 @@ def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, 
 def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with another configuration or other images, and show the difference."""
     before, now = (
-        _flat({key: value for key, value in json.loads(text).items() if key not in FREE_TO_CHANGE})
+        {key: value for key, value in _flat(json.loads(text)).items() if key not in FREE_TO_CHANGE}
         for text in (saved["config"], to_json(config))
     )
     different = [
@@ -542,6 +593,7 @@ def say_start(
     print(f"precision:  {precision}")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
+    print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")
     for i, line in enumerate(derived.equations(config)):
         print(f"{'' if i else 'derived:':<12}{line}")
     encoder, projector = count_parameters(model.encoder), count_parameters(model.projector)
@@ -560,6 +612,19 @@ def say_start(
     if progress.step == derived.total_steps:
         print(f"finished:   nothing is left to do; a new run needs another --output than {config.folder}")
     sys.stdout.flush()
+
+
+def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
+    """Return in which form the loss is computed, and why."""
+    loss, b, d = config.loss, derived.per_device_batch_size, config.model.projection_dim
+    forced: str
+    if loss.name == "nt_xent":
+        forced, choice = loss.nt_xent_form, losses.choose_nt_xent(b, d, device, bf16_matmul=loss.bf16_matmul)
+    else:
+        forced, choice = loss.barlow_twins_form, losses.choose_barlow_twins(b, d)
+    form, reason = (choice.form, choice.reason) if forced == "auto" else (forced, "as configured")
+    kernels = loss.kernels if loss.kernels != "auto" else choice.kernels
+    return f"{form} ({reason})" + (f", {kernels} kernels" if form in {"tiled", "ring"} else "")
 
 
 def write_manifest(

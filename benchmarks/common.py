@@ -15,13 +15,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from simclr import runlog
 
@@ -139,6 +143,33 @@ def peak_memory(function: str, *arguments: float | str, rounds: int = 1) -> floa
             raise RuntimeError(f"{function}{arguments} ended with status {done.returncode}: {done.stderr[-2000:]}")
         grown.append(float(done.stdout.split()[-1]))
     return statistics.median(grown)
+
+
+def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> Any:
+    """Call ``function(*arguments)`` on ``size`` processes, of one thread each, that form a gloo group.
+
+    Args:
+        function: At the top level of a module.
+        size: Processes; alone, one forms a group too.
+        arguments: What pickles.
+
+    Returns:
+        What it returned on rank 0.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_on_a_rank, (size, folder, function, arguments), nprocs=size)  # type: ignore[no-untyped-call]
+        return torch.load(Path(folder, "result"), weights_only=False)  # written by the process above
+
+
+def _on_a_rank(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    result = function(*arguments)
+    if rank == 0:
+        torch.save(result, Path(folder, "result"))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def as_json(timings: Mapping[str, Timing], *, images: int | None = None) -> dict[str, dict[str, float | int | None]]:

@@ -103,7 +103,7 @@ def prepare(
     feed = feed_by("auto")
     derived = derive(config, len(pixels), 1)
     run = train_simclr.Run(
-        config, derived, source, feed, accelerator, model, plain, optimizer, train_simclr.Progress(step=1)
+        config, derived, source, feed, accelerator, model, plain, optimizer, train_simclr.Progress(step=1), None
     )
     plan = EpochPlan(np.arange(len(pixels)), batch_size)
     views = next(iter(feed.batches(plan)))

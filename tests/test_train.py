@@ -160,6 +160,58 @@ def test_so_do_other_losses_optimizers_and_networks(images: Path, tmp_path: Path
     assert difference(weights(runs[0]), untrained) > 1e-3
 
 
+@pytest.fixture(scope="module")
+def twenty_steps(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
+    """Runs of 20 steps on one device, whole batches."""
+    folder = tmp_path_factory.mktemp("twenty")
+    runs = {
+        "simclr": settings(images, folder / "simclr", epochs=5),
+        "barlow": settings(images, folder / "barlow", epochs=5, **BARLOW),
+    }
+    for config in runs.values():
+        run(config)
+        assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20
+    return runs
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("method", "world_size", "parts", "form"),
+    [
+        ("simclr", 1, 2, "auto"),
+        ("simclr", 1, 4, "matrix"),
+        ("simclr", 2, 1, "ring"),
+        ("simclr", 2, 4, "tiled"),
+        ("simclr", 4, 2, "ring"),
+        ("barlow", 1, 4, "auto"),
+        ("barlow", 2, 2, "gather"),
+        ("barlow", 4, 1, "sums"),
+    ],
+)
+def test_devices_micro_batches_and_forms_of_the_loss_give_the_same_weights(
+    twenty_steps: dict[str, TrainConfig], tmp_path: Path, method: str, world_size: int, parts: int, form: Any
+) -> None:
+    reference = twenty_steps[method]
+    field = "nt_xent_form" if method == "simclr" else "barlow_twins_form"
+    config = dataclasses.replace(
+        reference,
+        output=tmp_path / "run",
+        world_size=world_size,
+        micro_batch_size=BATCH // world_size // parts if parts > 1 else None,
+        loss=dataclasses.replace(reference.loss, **{field: form}),
+    )
+    run(config, world_size)
+    assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20
+    assert difference(weights(config), weights(reference)) < 1e-9
+
+
+def test_a_run_may_go_on_in_micro_batches(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
+    run(config)
+    run(dataclasses.replace(config, stop_at_step=None, micro_batch_size=7))
+    assert difference(weights(config), weights(one_device)) < 1e-12
+
+
 @pytest.mark.distributed
 def test_batch_norm_per_device_is_another_run(one_device: TrainConfig, tmp_path: Path) -> None:
     # So the tests above would notice.
@@ -517,12 +569,14 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_shows_every_derived_number(images: Path, tmp_path: Path) -> None:
     options = ["demo", "--data", images, "--output", tmp_path / "run", "--model.encoder", "small_resnet_w4"]
     options += ["--epochs", 2, "--global-batch-size", BATCH, "--num-validation", 30, "--optimizer.warmup-epochs", 1]
-    options += ["--loader", "memory", "--optimizer.base-learning-rate", 0.5]
+    options += ["--micro-batch-size", 10, "--loader", "memory", "--optimizer.base-learning-rate", 0.5]
     done = command(*options)
     assert done.returncode == 0, done.stderr
     for line in (
         "per_device_batch_size = global_batch_size / world_size = 24 / 1 = 24 source images, 48 views",
         "steps_per_epoch = floor(num_images / global_batch_size) = floor(100 / 24) = 4; 4 images sit out",
+        "micro_batches = ceil(per_device_batch_size / micro_batch_size) = ceil(24 / 10) = 3",
+        "loss:       nt_xent: tiled (one device: half the matrix, which is symmetric), torch kernels",
         "total_steps = epochs * steps_per_epoch = 2 * 4 = 8",
         "warmup_steps = warmup_epochs * steps_per_epoch = 1 * 4 = 4",
         "peak_learning_rate = base_learning_rate * global_batch_size / 256 = 0.5 * 24 / 256 = 0.046875",
