@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -199,7 +200,12 @@ def test_a_thread_that_is_gone_is_noticed() -> None:
             os._exit(0 if "do not survive a fork" in str(error) else 2)
         os._exit(3)
     status: list[int] = []
-    wait_until(lambda: status != [] or _ended(child, status))
+    try:
+        wait_until(lambda: _ended(child, status))
+    finally:
+        if not status:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     assert status == [0]
     ahead.close()
 
