@@ -189,6 +189,7 @@ def as_json(timings: Mapping[str, Timing], *, images: int | None = None) -> dict
 def write_result(path: Path, values: Mapping[str, Any]) -> None:
     """Write ``values`` as JSON beside what they depend on: commit, command, versions, hardware, threads."""
     environment = runlog.environment()
+    del environment["platform"]
     environment["threads"] = torch.get_num_threads()
     path.parent.mkdir(parents=True, exist_ok=True)
     runlog.write_json(path, {"environment": environment, **values})

@@ -142,6 +142,10 @@ class TrainConfig:
     loader: Literal["auto", "ffcv", "memory"] = "auto"
     """Who reads the images; both give the same batches."""
 
+    views: Literal["auto", "fused", "torch"] = "auto"
+    """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
+    on CPUs with numba, torch on GPUs and for fp64. They differ by rounding."""
+
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one. never: refuse to touch it. must: refuse to start
     anew."""

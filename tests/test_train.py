@@ -237,6 +237,30 @@ def test_ffcv_gives_the_same_weights_bit_for_bit(one_device: TrainConfig, tmp_pa
     assert json.loads((config.folder / "manifest.json").read_text())["loader"].startswith("ffcv")
 
 
+def test_fused_views_give_the_same_run_with_any_loader_and_in_pieces(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    fused: dict[str, Any] = {"precision": "fp32", "views": "fused"}
+    whole, in_pieces, with_ffcv = (settings(images, tmp_path / name, **fused) for name in ("a", "b", "c"))
+    run(whole)
+    assert json.loads((whole.folder / "manifest.json").read_text())["views"].startswith("fused")
+    for stop in (1, 6, None):
+        run(dataclasses.replace(in_pieces, stop_at_step=stop))
+    assert is_equal(weights(in_pieces), weights(whole))
+    pytest.importorskip("ffcv")
+    run(dataclasses.replace(with_ffcv, loader="ffcv"))
+    assert is_equal(weights(with_ffcv), weights(whole))
+
+
+def test_fused_views_and_others_differ_by_rounding(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    ways: tuple[Any, Any] = ("fused", "torch")
+    one, other = (settings(images, tmp_path / way, precision="fp32", views=way, stop_at_step=1) for way in ways)
+    run(one)
+    run(other)
+    assert 0 < difference(weights(one), weights(other)) < 1e-4
+    run(dataclasses.replace(one, views="torch", stop_at_step=2))  # so a run may go on with the others
+
+
 def test_the_seed_decides(one_device: TrainConfig, tmp_path: Path) -> None:
     again = dataclasses.replace(one_device, output=tmp_path / "again")
     other = dataclasses.replace(one_device, output=tmp_path / "other", seed=1)
