@@ -29,8 +29,9 @@ import train_simclr
 from data_prep import __main__ as data_prep
 from simclr import beton, checkpoint, host
 from simclr.beton import BetonError
-from simclr.config import ModelConfig, OptimizerConfig, ProbeConfig, TrainConfig, derive
+from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
 from simclr.data import open_images
+from simclr.models import ModelConfig
 from simclr.runlog import RunLog, read_metrics, without_secrets
 from tests.helpers import forget_accelerate_state
 from tests.test_data_prep import fake_cifar
