@@ -72,7 +72,9 @@ class _NTXent(torch.autograd.Function):
             lse = torch.logaddexp(lse, tiles.log_sum_exp(x, block, is_own=owner == distributed.rank()))
         ctx.tiles, ctx.temperature = tiles, temperature
         ctx.save_for_backward(x, lse, columns, None if ring else distributed.gather(lse))
-        return (lse - (x * _positives(x)).sum(dim=1) / temperature).mean()
+        one, other = x.chunk(2)
+        loss: Tensor = lse.mean() - torch.linalg.vecdot(one, other).mean() / temperature
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -80,11 +82,14 @@ class _NTXent(torch.autograd.Function):
         x, lse, columns, columns_lse = ctx.saved_tensors
         weights = distributed.gather(gradient.reshape(1).to(x.dtype))  # of each rank's loss
         own = distributed.rank()
-        total = torch.zeros_like(x)
+        total: Tensor | None = None
         for (owner, block), (_, block_lse) in zip(_blocks(x, columns), _blocks(lse, columns_lse), strict=True):
-            total += ctx.tiles.gradient(x, block, lse, block_lse, weights[own], weights[owner], is_own=owner == own)
-        total -= 2 * weights[own] * _positives(x)
-        return total / (len(x) * ctx.temperature), None, None, None, None
+            part = ctx.tiles.gradient(x, block, lse, block_lse, weights[own], weights[owner], is_own=owner == own)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        for part, positive in zip(total.chunk(2), reversed(x.chunk(2)), strict=True):
+            part.addcmul_(positive, weights[own], value=-2)
+        return total.div_(len(x) * ctx.temperature), None, None, None, None
 
 
 def _blocks(own: Tensor, gathered: Tensor | None) -> Iterator[tuple[int, Tensor]]:
@@ -96,10 +101,6 @@ def _blocks(own: Tensor, gathered: Tensor | None) -> Iterator[tuple[int, Tensor]
     for step in range(len(parts)):
         owner = (distributed.rank() - step) % len(parts)
         yield owner, parts[owner]
-
-
-def _positives(x: Tensor) -> Tensor:
-    return x.roll(len(x) // 2, dims=0)
 
 
 def _tiles(kernels: Kernels, scale: float, bf16: bool) -> TorchTiles | TritonTiles:
@@ -173,17 +174,17 @@ class TorchTiles:
 
     def _logits(self, x: Tensor, columns: Tensor, is_own: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (rows, columns, their s_ij) tile by tile; the tensor is valid until the next one is taken."""
-        scaled = x * self._scale
         side = TILE.get(x.device.type, TILE["cuda"])
         buffer: Tensor | None = None
         for top in range(0, len(x), side):
             rows = slice(top, min(top + side, len(x)))
+            scaled = x[rows] * self._scale
             for left in range(top if is_own else 0, len(columns), side):
                 over = slice(left, min(left + side, len(columns)))
                 shape = (rows.stop - rows.start, over.stop - over.start)
                 if buffer is None or buffer.shape != shape:
                     buffer = x.new_empty(shape)
-                self._matmul(scaled[rows], columns[over].T, out=buffer)
+                self._matmul(scaled, columns[over].T, out=buffer)
                 if is_own and over == rows:
                     buffer.fill_diagonal_(-math.inf)
                 yield rows, over, buffer
