@@ -379,7 +379,12 @@ def test_pretraining_job(images: Path, one_process: Path, one_node: dict[str, st
     ],
 )
 def test_pretraining_job_refuses_at_once(
-    images: Path, one_node: dict[str, str], tmp_path: Path, arguments: list[str], variables: dict[str, str], message: str
+    images: Path,
+    one_node: dict[str, str],
+    tmp_path: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    message: str,
 ) -> None:
     words = [{"RUN": str(tmp_path / "run"), "DATA": str(images)}.get(word, word) for word in arguments]
     status, output = run("bash", JOBS / "pretrain.sbatch", *words, env=one_node | variables)

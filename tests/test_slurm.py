@@ -7,15 +7,29 @@ packages slurmctld, slurmd, slurm-client and munge, and are skipped elsewhere; w
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.test_launch import JOBS, ROOT, environment, needs_bash
+from data_prep.convert import Storage, convert
+from data_prep.shapes import shapes
+from simclr import runlog
+from tests.test_launch import BATCH, JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
+
+SLURM_TOOLS = ROOT / "tests" / "slurm"
+LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 25 --log-every-steps 1 --checkpoint-every-epochs 5")
 
 # ---------------------------------------------------------------------------------- decisions, with stand-ins
 #
@@ -167,3 +181,113 @@ def test_a_job_submitted_again_has_all_its_attempts(job: Job) -> None:
     assert job.submit(failing)[0] == 1
     assert job.notes == [T, R, T, R, T]
     assert first == [T, T, R, T, R, T]
+
+
+# --------------------------------------------------------------------------------------------------- a real SLURM
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm:
+    """Two nodes of 4 cores and 2 GPUs each (pretended), and the partitions "low" and "high"."""
+
+    folder: Path
+
+    def call(self, *command: str | Path, **variables: str) -> str:
+        env = environment(
+            SLURM_CONF=str(self.folder / "slurm.conf"),
+            MASTER_ADDR="127.0.0.1",  # the nodes' names stand for nothing outside this SLURM
+            VENV=sys.prefix,
+            **variables,
+        )
+        result = subprocess.run(
+            [str(word) for word in command], cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def state(self, job: str) -> str:
+        return re.findall(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))[0]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"a SLURM of the test's own needs root and {', '.join(missing) or 'nothing else'}")
+    # Not under pytest's folder, which munge's own user may not enter, and short, as the path of a socket has to be
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
+        folder = Path(name)
+        try:
+            subprocess.run([str(SLURM_TOOLS / "up.sh"), name], check=True, timeout=60)
+            yield Slurm(folder)
+        finally:
+            subprocess.run([str(SLURM_TOOLS / "down.sh"), name], check=True, timeout=60)
+
+
+def wait_until(what: str, holds: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"after {seconds} s not yet: {what}"
+        time.sleep(0.1)
+
+
+def last_step(folder: Path) -> int:
+    """The step that the run's last line of metrics is about."""
+    if not (folder / runlog.METRICS).exists():
+        return 0
+    return max((line["step"] for line in runlog.read_metrics(folder)), default=0)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slurm, tmp_path: Path) -> None:
+    """Two nodes, one process each: signalled as before the time limit, preempted, requeued by hand; then probed."""
+    images, options = tmp_path / "train.beton", shlex.split(LONG_RUN)
+    convert(shapes(0, "train", NUM_IMAGES), images, Storage())
+    convert(shapes(0, "test", NUM_IMAGES), tmp_path / "test.beton", Storage())
+    folder, log = tmp_path / "run", tmp_path / "job.log"
+    about = ["--output", log, "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
+    job = slurm.call("sbatch", "--parsable", *about, JOBS / "pretrain.sbatch", folder, images, *options)
+    probe_log = tmp_path / "probe.log"
+    probe = ["--num-validation", "8", "--epochs", "1", "--loader", "memory"]
+    probe_job = slurm.call(
+        "sbatch", "--parsable", f"--dependency=afterok:{job}", "--output", probe_log,
+        "--gpus-per-node=1", "--cpus-per-task=1", JOBS / "probe.sbatch", folder, *probe,
+    )  # fmt: skip
+
+    def restarts() -> int:
+        return log.read_text().count(f"job {job}, restart ") - 1
+
+    def interrupt(*command: str) -> None:
+        """Do so once training has gone on, and see that no step is lost."""
+        resumed = last_step(folder)
+        wait_until("training goes on", lambda: last_step(folder) > resumed + 2)
+        begun = restarts()
+        slurm.call(*command)
+        wait_until("the job is requeued", lambda: slurm.state(job) == "PENDING")
+        status = json.loads((folder / "status.json").read_text())
+        assert status["state"] == "interrupted", log.read_text()
+        assert status["step"] == last_step(folder) > resumed + 2
+        slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would hold it for some seconds
+        wait_until("the job starts again", lambda: restarts() == begun + 1)
+
+    interrupt("scancel", "--signal=USR1", "--batch", job)
+    interrupt("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    interrupt("scontrol", "requeue", job)
+    wait_until("the job ends", lambda: slurm.state(job) not in {"PENDING", "RUNNING", "COMPLETING"})
+    assert slurm.state(job) == "COMPLETED", log.read_text()
+    assert f"job {job}, restart 3: 2 node(s) x 1 processes = 2, meeting at 127.0.0.1:" in log.read_text()
+
+    reference = tmp_path / "reference"
+    assert run(sys.executable, "train_simclr.py", *options, "--data", images, "--output", reference)[0] == 0
+    found, expected = weights(folder), weights(reference)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=1e-10, atol=1e-10), name
+    steps = [line["step"] for line in runlog.read_metrics(folder) if line["kind"] == "step"]
+    assert steps == list(range(1, steps[-1] + 1))
+
+    wait_until("the probe ends", lambda: slurm.state(probe_job) not in {"PENDING", "RUNNING", "COMPLETING"})
+    assert slurm.state(probe_job) == "COMPLETED", probe_log.read_text()
+    assert (folder / "probe-linear" / "simclr_lin_best.pt").exists()
