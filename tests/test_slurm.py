@@ -26,7 +26,7 @@ import torch
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr import runlog
-from tests.test_launch import BATCH, JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
+from tests.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"
 LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 25 --log-every-steps 1 --checkpoint-every-epochs 5")
@@ -50,7 +50,7 @@ TOOLS = {
         """,
     "python": """
         echo training >> "$NOTES"
-        status() { printf '{\\n  "state": "%s",\\n  "step": %s,\\n  "total_steps": 90\\n}\\n' "$@" > "$RUN/status.json"; }
+        status() { printf '{\\n  "state": "%s",\\n  "step": %s,\\n  "reason": null\\n}\\n' "$@" > "$RUN/status.json"; }
         eval "$(sed -n "$(grep -c training "$NOTES")p" "$SCRIPT")"
         """,
 }
