@@ -5,7 +5,8 @@ r"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
         train_simclr.py cifar10-simclr-100 --world-size 4
 
 With the data file, the configuration determines the weights, whatever the number of devices. A run that was cut off
-continues, in the middle of an epoch too, when the same command is given again.
+continues, in the middle of an epoch too, when the same command is given again. One that is asked to stop, by a signal
+to any process, saves first and ends with status 75.
 """
 
 from __future__ import annotations
@@ -30,44 +31,58 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, losses, runlog
+from simclr import checkpoint, distributed, evaluation, losses, memory, runlog
 from simclr.beton import Facts
-from simclr.checkpoint import CheckpointError
+from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError
+from simclr.finite import Guard
+from simclr.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
-from simclr.optim import describe_groups, learning_rate_at, make_optimizer, parameter_groups, set_learning_rate
+from simclr.optim import (
+    describe_groups,
+    learning_rate_at,
+    load_optimizer_state,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
-from simclr.runlog import RunLog
+from simclr.runlog import RunLog, Status
 from simclr.views import describe, two_views
-
-# How long a rank waits for the others before it gives up: a rank that has died must not hold the others for ever,
-# and rank 0 may be writing a checkpoint to a slow disk meanwhile.
-PATIENCE = datetime.timedelta(minutes=10)
 
 # Fields that may differ between a run and its continuation, because the weights do not depend on them.
 FREE_TO_CHANGE = frozenset(
     {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
-    | {"log_every_steps", "checkpoint_every_epochs"}
+    | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
+    | {"allow_changed", "timeout_seconds", "on_nonfinite"}
 )
 
 
-def main(config: TrainConfig) -> Path:
+def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """Pretrain.
 
     Args:
         config: The run.
+        signals: What asks this process to stop; by default nothing does.
 
     Returns:
-        The run's folder, with simclr_best_epoch.pt, checkpoint_last.pt, metrics.jsonl and manifest.json.
+        The run's folder, with simclr_best_epoch.pt, checkpoint_last.pt, metrics.jsonl, manifest.json and status.json.
 
     Raises:
         ValueError: If configuration, data, devices and an earlier run in the folder do not fit together.
-        DivergedError: If the loss or a weight is not finite any more; the last good checkpoint stays.
+        DivergedError: If the gradient or a weight is not finite any more; the last good checkpoint stays.
+        Interrupted: If a signal asked any rank to stop. All that was done is saved.
+        LostPeerError: If another rank has died or stands still.
     """
     accelerator, precision_reason = start_devices(config)
-    with open_images(config.data, backend=config.loader, device=accelerator.device) as source:
+    is_main = accelerator.is_main_process
+    with (
+        Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers,
+        open_images(config.data, backend=config.loader, device=accelerator.device) as source,
+    ):
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
@@ -80,24 +95,40 @@ def main(config: TrainConfig) -> Path:
         with warnings.catch_warnings():
             # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, optimizer = accelerator.prepare(plain_model, make_optimizer(plain_model, config.optimizer))
+            model, optimizer = accelerator.prepare(
+                plain_model,
+                make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda"),
+            )
 
-        progress = resume(config, source.facts, plain_model, optimizer, accelerator)
-        if accelerator.is_main_process:
-            config.folder.mkdir(parents=True, exist_ok=True)
-            say_start(config, derived, source, accelerator, precision_reason, plain_model, progress)
-            write_manifest(config, derived, source, accelerator, progress)
-        if progress.step == derived.total_steps:
-            return config.folder
-
-        run = Run(config, derived, source, accelerator, model, plain_model, optimizer, progress)
-        with RunLog(
-            config.folder,
-            is_main=accelerator.is_main_process,
-            total_steps=derived.total_steps,
-            first_step=progress.step,
-        ) as log:
-            train(run, log)
+        if config.resume == "must" and not config.folder.exists():
+            raise CheckpointError(
+                f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
+            )
+        with runlog.locked(config.folder, is_main=is_main):
+            progress = resume(config, source.facts, plain_model, optimizer, accelerator)
+            if is_main:
+                say_start(config, derived, source, accelerator, precision_reason, plain_model, progress)
+                write_manifest(config, derived, source, accelerator, progress)
+            # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
+            with (
+                Status(config.folder, is_main=is_main, step=progress.step, total_steps=derived.total_steps) as status,
+                RunLog(
+                    config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
+                ) as log,
+                CheckpointWriter(
+                    config.folder,
+                    keep=config.keep_checkpoints,
+                    last_step=progress.step_of_last,
+                    before=log.sync,
+                    after=status.saved,
+                ) as writer,
+                peers.explained(before_exit=status.failed),
+            ):
+                guard = Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder)
+                run = Run(
+                    config, derived, source, accelerator, model, plain_model, optimizer, progress, guard, writer, peers
+                )
+                train(run, log)
     for tracker in accelerator.trackers:
         tracker.finish()
     return config.folder
@@ -112,6 +143,8 @@ class Progress:
     knn_accuracy: float | None = None
     """Validation kNN accuracy in percent, measured last."""
     best_knn_accuracy: float | None = None
+    step_of_last: int | None = None
+    """Of the checkpoint_last.pt that the run continued from, if it was intact."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,6 +161,10 @@ class Run:
     """The same weights without those wrappers."""
     optimizer: Any
     progress: Progress
+    guard: Guard
+    """Takes optimizer steps."""
+    writer: CheckpointWriter
+    peers: Peers
 
     @property
     def epoch(self) -> int:
@@ -140,8 +177,9 @@ class Run:
 
 
 def train(run: Run, log: RunLog) -> None:
-    """Train from ``run.progress`` to the end, or to ``stop_at_step``."""
+    """Train from ``run.progress`` to the end, to ``stop_at_step``, or until asked to stop."""
     config, derived, progress = run.config, run.derived, run.progress
+    require_same_start(run)
     plan = EpochPlan(
         validation_split(derived.num_images, 0)[0],
         config.global_batch_size,
@@ -151,17 +189,44 @@ def train(run: Run, log: RunLog) -> None:
     )
     meter = Meter(run, log)
     stop = min(config.stop_at_step or derived.total_steps, derived.total_steps)
+    asked = ""
     run.model.train()
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
         for batch in run.source.batches(plan, epoch=epoch, start_step=start_step):
-            meter.add(*train_step(run, batch.image, batch.index, epoch))
+            with memory.explained(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
+                meter.add(*train_step(run, batch.image, batch.index, epoch))
             progress.step += 1
+            run.writer.raise_if_failed()
+            asked = run.peers.step_taken(progress.step)
+            if asked:
+                stop = progress.step
             if progress.step % config.log_every_steps == 0 or progress.step == stop:
                 meter.report()
             if progress.step == stop:
                 break
-        finish_epoch(run, log, meter, is_last=progress.step == stop)
+            if progress.step % derived.steps_per_epoch:
+                measure_and_save(run, log, meter, is_last=False)
+        measure_and_save(run, log, meter, is_last=progress.step == stop)
+    with run.peers.patience("until the last checkpoint is written"):
+        run.writer.flush()
+    if asked and progress.step < derived.total_steps:
+        message = (
+            f"{asked}: saved after step {progress.step} of {derived.total_steps}; the same command goes on from it"
+        )
+        log.say(message)
+        raise Interrupted(message)
+
+
+def require_same_start(run: Run) -> None:
+    """Refuse to train if the ranks continue after different steps. Waits for all."""
+    run.peers.meet()
+    steps = run.peers.gather(run.progress.step)
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps {steps}: is "
+            "it on a disk that all of them share?"
+        )
 
 
 def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,10 +252,12 @@ def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tens
         z1, z2 = run.model(torch.cat([view_1, view_2]))[1].chunk(2)
     loss = objective(config)(z1, z2) * config.loss.scale
     run.accelerator.backward(loss)
+    run.accelerator.unscale_gradients(run.optimizer)
+    norms = run.guard.gradient_norms()
     if config.optimizer.gradient_clip_norm is not None:
         run.accelerator.clip_grad_norm_(run.plain_model.parameters(), config.optimizer.gradient_clip_norm)
     set_learning_rate(run.optimizer, learning_rate(config, derived, run.progress.step))
-    run.optimizer.step()
+    run.guard.step(norms, step=run.progress.step + 1, epoch=epoch, index=index, loss=loss.detach())
     run.optimizer.zero_grad()
     return loss.detach(), z1.detach(), z2.detach()
 
@@ -229,16 +296,23 @@ class Meter:
         self._projections = z1, z2
 
     def report(self) -> None:
-        """Write a line of metrics about the steps since the last one, and stop if a loss was not finite."""
+        """Write a line of metrics about the steps since the last one, and stop if one of them was not finite."""
         if self._projections is None:
             return
         config, derived, step = self.run.config, self.run.derived, self.run.progress.step
         of_this_rank = torch.cat([torch.stack(self._losses), collapse_measures(*self._projections)]).double()
         *step_losses, similarity, spread = (distributed.sum_over_ranks(of_this_rank) / derived.world_size).tolist()
+        norms = self.run.guard.norms()
         num_steps, seconds = len(step_losses), time.perf_counter() - self._started
-        require_finite_losses(self.run, step_losses)
+        taken = {  # without those left out because their gradient was not finite
+            step - num_steps + i: (loss, norm)
+            for i, (loss, norm) in enumerate(zip(step_losses, norms, strict=True), start=1)
+            if math.isfinite(norm)
+        }
+        require_finite_losses(self.run, {number: loss for number, (loss, _) in taken.items()})
 
-        loss, rate = sum(step_losses) / num_steps, learning_rate(config, derived, step - 1)
+        loss = sum(loss for loss, _ in taken.values()) / len(taken) if taken else math.nan
+        rate = learning_rate(config, derived, step - 1)
         images_per_second = num_steps * config.global_batch_size / seconds
         self.log.write(
             "step",
@@ -246,6 +320,8 @@ class Meter:
             epoch=step / derived.steps_per_epoch,
             loss=loss,
             learning_rate=rate,
+            gradient_norm=max((norm for _, norm in taken.values()), default=math.nan),
+            skipped_steps=num_steps - len(taken),
             images_per_second=round(images_per_second, 1),
             positive_similarity=similarity,
             projection_spread=spread,
@@ -274,10 +350,9 @@ def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
     return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
 
 
-def require_finite_losses(run: Run, step_losses: list[float]) -> None:
+def require_finite_losses(run: Run, losses_by_step: dict[int, float]) -> None:
     """Stop if one of the last steps' losses is not finite. Every rank has the same values, so all stop."""
-    first = run.progress.step - len(step_losses) + 1
-    for step, loss in enumerate(step_losses, start=first):
+    for step, loss in losses_by_step.items():
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step}{_way_out(run)}")
 
@@ -293,23 +368,28 @@ def _way_out(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Between epochs
+# Between steps
 
 
-def finish_epoch(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> None:
-    """Measure and save as far as it is due, on all ranks together."""
+def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> None:
+    """Measure and save as far as it is due after this step, on all ranks together."""
     config, derived, progress = run.config, run.derived, run.progress
     at_end = progress.step == derived.total_steps
-    is_whole = progress.step % derived.steps_per_epoch == 0  # not where stop_at_step cut an epoch
+    is_whole = progress.step % derived.steps_per_epoch == 0
     knn_is_due = config.knn_every_epochs > 0 and is_whole and run.epoch % config.knn_every_epochs == 0
-    save_is_due = is_last or (is_whole and run.epoch % config.checkpoint_every_epochs == 0)
+    save_is_due = (
+        is_last
+        or (is_whole and run.epoch % config.checkpoint_every_epochs == 0)
+        or (config.checkpoint_every_steps is not None and progress.step % config.checkpoint_every_steps == 0)
+    )
     if not (at_end or knn_is_due or save_is_due):
         return
     meter.report()
     require_finite_weights(run)
     is_best = False
     if can_measure(config, run.source.facts) and (at_end or knn_is_due):
-        accuracy = measure_knn(run)
+        with run.peers.patience("measuring kNN accuracy"):
+            accuracy = measure_knn(run)
         progress.knn_accuracy = accuracy
         is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
         progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
@@ -318,8 +398,9 @@ def finish_epoch(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> None:
         log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
     elif at_end:
         is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
-    if run.accelerator.is_main_process:
-        save(run, is_best=is_best)
+    with run.peers.patience("saving"):
+        if run.accelerator.is_main_process:
+            save(run, is_best=is_best)
     meter.restart_clock()
 
 
@@ -356,26 +437,20 @@ def require_finite_weights(run: Run) -> None:
 
 
 def save(run: Run, *, is_best: bool) -> None:
-    """Write the checkpoints, the best one first: a run killed in between measures it again."""
-    progress = run.progress
-    about: dict[str, Any] = {
-        "model": run.plain_model,
-        "config": to_json(run.config),
-        "facts": to_json(run.source.facts),
-        "step": progress.step,
-        "epoch": run.epoch,
-        "knn_accuracy": progress.knn_accuracy,
-        "best_knn_accuracy": progress.best_knn_accuracy,
-    }
-    if is_best:
-        checkpoint.save_atomically(run.config.folder / checkpoint.BEST, checkpoint.model_payload(**about))
-    checkpoint.save_resumable(
-        run.config.folder / checkpoint.LAST,
+    """Hand the state of the run to the thread that writes it."""
+    payload = checkpoint.resumable_payload(
+        model=run.plain_model,
         optimizer=run.optimizer,
         scaler=run.accelerator.scaler,
+        config=to_json(run.config),
+        facts=to_json(run.source.facts),
+        step=run.progress.step,
+        epoch=run.epoch,
+        knn_accuracy=run.progress.knn_accuracy,
+        best_knn_accuracy=run.progress.best_knn_accuracy,
         world_size=run.derived.world_size,
-        **about,
     )
+    run.writer.save(payload, is_best=is_best)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -385,7 +460,7 @@ def save(run: Run, *, is_best: bool) -> None:
 def start_devices(config: TrainConfig) -> tuple[Accelerator, str]:
     """Join the other processes. Returns accelerate's view of them, and why this precision was chosen."""
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    state = PartialState(cpu=use_cpu, timeout=PATIENCE)
+    state = PartialState(cpu=use_cpu, timeout=datetime.timedelta(seconds=START_SECONDS))
     require_world_size(config, state.num_processes)
     precision, reason = choose_precision(config, state.device)
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
@@ -455,46 +530,77 @@ def image_size(facts: Facts, path: Path) -> int:
 
 def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> Progress:
     """Continue the run that the output folder holds, if there is one and it is wanted."""
-    path = config.folder / checkpoint.LAST
-    if not path.exists():
+    newest = checkpoint.load_newest(config.folder)
+    if newest is None:
+        if step := runlog.saved_step(config.folder):
+            raise CheckpointError(
+                f"{config.folder / runlog.STATUS} tells of a checkpoint of step {step}, but there is none. Put it "
+                "back, or begin anew with another --output"
+            )
         if config.resume == "must":
-            raise CheckpointError(f"resume is must, but there is no {path}; use --resume auto to start a new run")
+            raise CheckpointError(
+                f"resume is must, but there is no {config.folder / checkpoint.LAST}; use --resume auto to start a new "
+                "run"
+            )
         return Progress()
     if config.resume == "never":
         raise CheckpointError(
             f"resume is never, but {config.folder} holds a run; give another --output, or use --resume auto to go on"
         )
-    saved = checkpoint.load_resumable(path)
-    require_same_run(config, facts, saved, path)
+    saved = newest.payload
+    require_same_run(config, facts, saved, newest.path)
+    if accelerator.is_main_process:
+        for reason in newest.passed_over:
+            print(f"passed over: {reason}")
     model.load_state_dict(saved["model"], strict=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    load_optimizer_state(optimizer, saved["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(saved["scaler"])
-    return Progress(saved["step"], saved["knn_accuracy"], saved["best_knn_accuracy"])
+    return Progress(
+        saved["step"],
+        saved["knn_accuracy"],
+        saved["best_knn_accuracy"],
+        step_of_last=None if newest.passed_over else saved["step"],
+    )
 
 
 def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], path: Path) -> None:
-    """Refuse to continue a run with another configuration or other images, and show the difference."""
+    """Refuse to continue a run with another configuration or other images, unless allowed; show the difference."""
     before, now = (
         _flat({key: value for key, value in json.loads(text).items() if key not in FREE_TO_CHANGE})
         for text in (saved["config"], to_json(config))
     )
-    different = [
-        f"{key} was {before.get(key)} and is {now.get(key)}"
+    different = {
+        key: f"{key} was {before.get(key)} and is {now.get(key)}"
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
-    ]
-    if different:
+    }
+    refused = [key for key in different if not _is_allowed(key, config.allow_changed)]
+    if refused:
         raise CheckpointError(
-            f"{path} is of a run with another configuration: {'; '.join(different)}. Give the earlier values to go on, "
-            "or another --output for a new run"
+            f"{path} is of a run with another configuration: {'; '.join(different[key] for key in refused)}. Give the "
+            "earlier values to go on, another --output for a new run, or "
+            f"--allow-changed {' '.join(refused)} to go on as another run than either"
         )
     earlier = from_json(Facts, saved["facts"])
     if earlier.content_sha256 != facts.content_sha256:
-        raise CheckpointError(
-            f"{path} is of a run on other images ({earlier.source}, {earlier.num_images} images) than {config.data} "
-            f"({facts.source}, {facts.num_images} images). Name that file with --data, or give another --output"
+        before_now = (
+            f"({earlier.source}, {earlier.num_images} images) than {config.data} ({facts.source}, {facts.num_images} "
+            "images)"
         )
+        different["data"] = f"other images {before_now}"
+        if not _is_allowed("data", config.allow_changed):
+            raise CheckpointError(
+                f"{path} is of a run on other images {before_now}. Name that file with --data, or give another --output"
+            )
+    if distributed.rank() == 0:
+        for difference in different.values():
+            print(f"changed:    {difference} (--allow-changed)")
+
+
+def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a setting or one that it belongs to is named."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -581,9 +687,22 @@ def write_manifest(
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
-    config = parse_train_config(description=__doc__)
+    conclude(parse_train_config(description=__doc__))
+
+
+def conclude(config: TrainConfig) -> None:
+    """Run :func:`main`, and end the process with the status that belongs to its outcome."""
+    signals = Signals()
+    signals.install()
     try:
-        main(config)
+        main(config, signals)
+    except Interrupted:
+        signals.ignore()
+        distributed.leave()
+        sys.exit(EXIT_SAVED)
+    except LostPeerError as error:
+        print(f"train_simclr.py: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the ranks that are lost
     except ValueError as error:  # what the user can put right; anything else keeps its traceback
         sys.exit(f"train_simclr.py: {error}")
     distributed.leave()

@@ -1,35 +1,46 @@
-"""Checkpoints: written atomically, loaded strictly and without executing anything in them.
+"""Checkpoints: written atomically beside training, loaded strictly and without executing anything in them.
 
-Two files in a run's folder, of one format:
+Files in a run's folder, all of one format:
 
-    checkpoint_last.pt      everything needed to continue (also optimizer and gradient scaler)
-    simclr_best_epoch.pt    the model of the epoch with the best validation kNN accuracy
+    checkpoint_last.pt            everything needed to continue (also optimizer and gradient scaler)
+    checkpoint_step<number>.pt    the ones before it, to fall back to
+    simclr_best_epoch.pt          the model of the epoch with the best validation kNN accuracy
+
+Each is a zip archive as torch.save writes it, and ends with the SHA-256 of all bytes before: whatever was deleted, cut
+off, zeroed or flipped since is noticed before anything is used. torch.load and zip tools take that for a comment.
 
 No random-number state is saved because none is used: order and views are functions of the seed and the step.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import hashlib
+import io
 import os
+import re
 import secrets
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simclr.beton import Facts
 from simclr.config import TrainConfig, from_json
 from simclr.models import SimCLR
 
-SCHEMA = 1
+SCHEMA = 2
 LAST = "checkpoint_last.pt"
 BEST = "simclr_best_epoch.pt"
 _MODEL_KEYS = {"schema", "kind", "model", "config", "facts", "step", "epoch", "knn_accuracy", "best_knn_accuracy"}
 _RESUME_KEYS = _MODEL_KEYS | {"optimizer", "scaler", "world_size"}
+_EARLIER = re.compile(r"checkpoint_step(\d+)\.pt")
+_DIGEST_BYTES = 64  # of a SHA-256 in hexadecimal
 
 
 class CheckpointError(ValueError):
@@ -71,8 +82,9 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
     try:
         for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a program killed while it wrote
             left_behind.unlink()
-        with temporary.open("xb") as file:
+        with temporary.open("x+b") as file:
             torch.save(payload, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -96,28 +108,15 @@ def load_safely(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
-        _check_archive(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise half a dozen kinds for damaged files
+        with path.open("rb") as file:
+            _check_seal(file)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for foreign files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
         found = payload.get("schema") if isinstance(payload, dict) else type(payload).__name__
         raise CheckpointError(f"{path} has schema {found!r}, this version reads {SCHEMA}")
     return payload
-
-
-def save_resumable(path: Path, *, optimizer: torch.optim.Optimizer, scaler: Any, world_size: int, **model: Any) -> None:
-    """Write everything needed to continue. ``model``: what :func:`model_payload` takes."""
-    save_atomically(
-        path,
-        model_payload(**model)
-        | {
-            "kind": "resumable",
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "world_size": world_size,
-        },
-    )
 
 
 def model_payload(
@@ -142,6 +141,155 @@ def model_payload(
         "knn_accuracy": knn_accuracy,
         "best_knn_accuracy": best_knn_accuracy,
     }
+
+
+def resumable_payload(
+    *, optimizer: torch.optim.Optimizer, scaler: Any, world_size: int, **model: Any
+) -> dict[str, Any]:
+    """Return the contents of ``checkpoint_last.pt``. ``model``: what :func:`model_payload` takes."""
+    return model_payload(**model) | {
+        "kind": "resumable",
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "world_size": world_size,
+    }
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in a background thread, one save at a time, while training goes on.
+
+    Training waits only while its tensors are copied to host memory, and, should the disk be slower than training,
+    for the save before.
+
+    Args:
+        folder: The run's folder.
+        keep: How many resumable checkpoints stay, the last one among them.
+        last_step: Of the intact ``checkpoint_last.pt`` that the run continued from; None if there was none.
+        before: Called in the thread before a save, for what must be on the disk by then.
+        after: Called in the thread with the step, when its checkpoint is on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        last_step: int | None,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self._folder, self._keep, self._last_step = folder, keep, last_step
+        self._before, self._after = before, after
+        self._host_copies = HostCopies()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def save(self, payload: dict[str, Any], *, is_best: bool) -> None:
+        """Write ``payload``, of :func:`resumable_payload`, in the background; it may be changed at once afterwards.
+
+        Raises:
+            CheckpointError: If the save before has failed.
+        """
+        self.flush()
+        self._pending = self._thread.submit(self._write, self._host_copies.take(payload), is_best)
+
+    def raise_if_failed(self) -> None:
+        """Raise what went wrong in the background, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until all is on the disk. Raises CheckpointError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, payload: dict[str, Any], is_best: bool) -> None:
+        """Each line may be the last: a run that is killed here finds one of the states between whole files."""
+        self._before()
+        if is_best:  # first: a run killed in between measures it again
+            model = {key: value for key, value in payload.items() if key in _MODEL_KEYS}
+            save_atomically(self._folder / BEST, model | {"kind": "model"})
+        if self._keep > 1 and self._last_step is not None:
+            _keep_as_earlier(self._folder, self._last_step)
+        save_atomically(self._folder / LAST, payload)
+        self._last_step = payload["step"]
+        _prune(self._folder, self._keep - 1, before_step=payload["step"])
+        self._after(payload["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.flush()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(f"besides: {failure}")
+        finally:
+            self._thread.shutdown()
+
+
+class HostCopies:
+    """Copies of tensors in host memory, into the same buffers each time; page-locked ones for those of a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Return ``payload`` with every tensor replaced by its copy, which the next call overwrites."""
+        copied: dict[str, Any] = self._copy(payload, "")
+        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+            torch.cuda.current_stream().synchronize()  # all copies were only started
+        return copied
+
+    def _copy(self, value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self._copy(entry, f"{where}/{key}") for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(entry, f"{where}/{i}") for i, entry in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        value = value.detach()
+        buffer = self._buffers.get(where)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[where] = buffer
+        return buffer.copy_(value, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A checkpoint to continue from."""
+
+    payload: dict[str, Any]
+    path: Path
+    passed_over: tuple[str, ...]
+    """Newer ones that are missing or damaged, each with the reason."""
+
+
+def load_newest(folder: Path) -> Resumable | None:
+    """Return the newest intact checkpoint of a run's folder, or None if it holds none at all.
+
+    Raises:
+        CheckpointError: If there are some and none is intact, since starting anew would give up what they hold.
+    """
+    candidates = [folder / LAST, *(path for _, path in _earlier(folder))]
+    if not any(path.exists() for path in candidates):
+        return None
+    passed_over: list[str] = []
+    for path in candidates:
+        try:
+            return Resumable(load_resumable(path), path, tuple(passed_over))
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    raise CheckpointError(
+        f"{folder} holds a run, but none of its checkpoints is intact: {'; '.join(passed_over)}. To begin anew give "
+        "another --output, or remove these files"
+    )
 
 
 def load_resumable(path: Path) -> dict[str, Any]:
@@ -195,16 +343,56 @@ def _difference(found: set[str], expected: set[str]) -> str:
     return f"it lacks {sorted(expected - found)} and has besides {sorted(map(str, found - expected))}"
 
 
-def _check_archive(path: Path) -> None:
-    """Raise if a bit of the contents has changed; torch.load does not look at the zip archive's checksums."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of its part {damaged} is wrong")
-        for part in archive.infolist():
-            # What torch takes for a folder it does not read at all, and returns memory as it finds it.
-            if part.external_attr or part.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"its part {part.filename} is not as torch writes it")
+def _seal(file: io.BufferedRandom) -> None:
+    """Append the SHA-256 of all that was written, as the comment that a zip archive may end with."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, until now 0
+    file.write(_DIGEST_BYTES.to_bytes(2, "little"))
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.write(digest.encode())
+
+
+def _check_seal(file: io.BufferedReader) -> None:
+    """Raise unless every byte is as it was written; leave the file at its beginning."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _DIGEST_BYTES))
+    expected = file.read()
+    if not re.fullmatch(rb"[0-9a-f]{%d}" % _DIGEST_BYTES, expected):
+        raise ValueError(f"its {size} bytes do not end with a checksum")
+    digest, left = hashlib.sha256(), size - _DIGEST_BYTES
+    file.seek(0)
+    while left and (block := file.read(min(left, 1 << 20))):
+        digest.update(block)
+        left -= len(block)
+    if digest.hexdigest().encode() != expected:
+        raise ValueError(f"the checksum of its {size} bytes is wrong")
+    file.seek(0)
+
+
+def _earlier(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and path of the checkpoints before the last one, newest first."""
+    matches = ((_EARLIER.fullmatch(path.name), path) for path in folder.glob("checkpoint_step*.pt"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _prune(folder: Path, number: int, *, before_step: int) -> None:
+    """Keep the newest ``number`` of the earlier checkpoints; those not earlier were damaged, and have been redone."""
+    earlier = [path for step, path in _earlier(folder) if step < before_step]
+    for _, path in _earlier(folder):
+        if path not in earlier[:number]:
+            path.unlink(missing_ok=True)
+
+
+def _keep_as_earlier(folder: Path, step: int) -> None:
+    """Give the last checkpoint a second name, so that it stays when the next one takes the first."""
+    last, earlier = folder / LAST, folder / f"checkpoint_step{step:08d}.pt"
+    earlier.unlink(missing_ok=True)
+    try:
+        earlier.hardlink_to(last)
+    except FileNotFoundError:  # deleted while the run went on
+        return
+    except OSError:  # a file system without hard links: for a moment there is no last one, but the earlier one is found
+        last.replace(earlier)
 
 
 def _require_plain(value: Any, where: str) -> None:

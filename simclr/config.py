@@ -120,12 +120,29 @@ class TrainConfig:
     checkpoint_every_epochs: int = 1
     """How often the resumable checkpoint is written."""
 
+    checkpoint_every_steps: int | None = None
+    """How often it is written within an epoch, for long ones. Default: not."""
+
+    keep_checkpoints: int = 2
+    """How many resumable checkpoints stay, the last one and those before it to fall back to."""
+
     loader: Literal["auto", "ffcv", "memory"] = "auto"
     """Who reads the images; both give the same batches."""
 
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one. never: refuse to touch it. must: refuse to start
     anew."""
+
+    allow_changed: tuple[str, ...] = ()
+    """Settings that may differ from those of the run that is continued, such as epochs or optimizer.weight_decay (or
+    optimizer, for all of it); data: also other images."""
+
+    timeout_seconds: float = 120.0
+    """After the first step, how long a rank waits for another, or stands still itself, before the run ends."""
+
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a gradient that is not finite; the weights never take it in. stop: the run ends. skip: it goes on
+    without this step, and ends after 10 in a row. With fp16 it is skip, which its search for a scale needs."""
 
     world_size: int | None = None
     """Number of processes that must take part; the run stops at once if it is another. Does not start any."""
@@ -143,12 +160,17 @@ class TrainConfig:
         """Refuse what cannot run, naming the field, its value and the way out."""
         valid_name = bool(self.name) and not set(self.name) & set("/\\") and self.name not in {".", ".."}
         _require(valid_name, "name", repr(self.name), "a name for a folder, without slashes")
-        for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs"):
+        for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_validation", "knn_every_epochs", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name, value in (("world_size", self.world_size), ("stop_at_step", self.stop_at_step)):
+        for name in ("world_size", "stop_at_step", "checkpoint_every_steps"):
+            value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
+        fields = {field.name for field in dataclasses.fields(self)}
+        for name in self.allow_changed:
+            _require(name.split(".")[0] in fields, "allow_changed", repr(name), "the name of a setting")
         optimizer, loss = self.optimizer, self.loss
         _require(optimizer.base_learning_rate > 0, "optimizer.base_learning_rate", optimizer.base_learning_rate, "> 0")
         _require(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")

@@ -7,6 +7,7 @@ Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... an
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -127,6 +128,77 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     vote = torch.tensor(int(flag), device=device)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+class SideChannel:
+    """Small words between the ranks' hosts, beside training's own collectives: a gloo group, so no GPU is waited for.
+
+    All methods but ``is_lost`` are collective calls; in a world of one they answer at once.
+
+    Args:
+        timeout: How long a rank waits for the others, here and in training's collectives, until it is changed.
+    """
+
+    def __init__(self, timeout: datetime.timedelta) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
+        self._timeout = timeout
+        self._vote: tuple[Tensor, Any] | None = None
+        self.set_timeout(timeout)
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        """Change the timeout, of training's collectives too."""
+        self._timeout = timeout
+        if self._group is not None:
+            for group in (self._group, dist.group.WORLD):
+                # torchtitan's way, too; the public functions set it when a group is made only.
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def meet(self) -> None:
+        """Wait until all ranks have come. Raises RuntimeError, on rank 0 naming those that have not."""
+        if self._group is not None:
+            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
+
+    def gather(self, number: int) -> list[int]:
+        """Return every rank's number, in rank order."""
+        if self._group is None:
+            return [number]
+        gathered = torch.empty(world_size(), dtype=torch.int64)
+        dist.all_gather_into_tensor(gathered, torch.tensor([number]), group=self._group)
+        numbers: list[int] = gathered.tolist()
+        return numbers
+
+    def vote(self, number: int) -> int:
+        """Cast a number; return the largest that was cast at the call before, on any rank (at first 0).
+
+        The exchange goes on during the step in between, so that it costs no waiting, and every rank learns the same
+        at the same step.
+        """
+        if self._group is None:
+            return number
+        cast = torch.tensor([number])
+        before = self._vote
+        self._vote = cast, dist.all_reduce(cast, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if before is None:
+            return 0
+        largest, work = before
+        work.wait()
+        return int(largest)
+
+
+def store() -> Any:
+    """Return a connection of its own to the ranks' common store of words; None in a world of one."""
+    if world_size() == 1:
+        return None
+    own = dist.distributed_c10d._get_default_store().clone()
+    own.set_timeout(datetime.timedelta(seconds=5))
+    return own
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective call failed because another rank has died, or did not come in time."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
 
 
 # The number of rows that all ranks held at the last check, per process group. On CUDA, reading the others' counts

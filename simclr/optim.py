@@ -69,10 +69,15 @@ class LARS(torch.optim.Optimizer):
     Raises:
         ValueError: If an option lies outside its range.
 
+    Attributes:
+        _step_supports_amp_scaling: Tells torch's GradScaler that ``step`` heeds ``found_inf``.
+
     Source:
         You et al. 2017, arXiv:1708.03888, with the decayed gradient's norm in the denominator as the Barlow Twins
         authors' code has it (the paper and solo-learn: |g| + weight_decay * |w|, which is at least as large).
     """
+
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -106,7 +111,10 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; ``closure``, if given, recomputes and returns the loss."""
+        """Take one step; ``closure``, if given, recomputes and returns the loss.
+
+        Nothing changes if the attribute ``found_inf``, as torch's GradScaler sets it, is a tensor that is 1.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,8 +138,14 @@ class LARS(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"]
-        buffer.mul_(group["momentum"]).add_(update)
-        parameter.add_(buffer, alpha=-group["lr"])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            buffer.mul_(group["momentum"]).add_(update)
+            parameter.add_(buffer, alpha=-group["lr"])
+        else:
+            skip = found_inf > 0
+            buffer.copy_(torch.where(skip, buffer, buffer * group["momentum"] + update))
+            parameter.sub_(torch.where(skip, 0.0, group["lr"] * buffer))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -176,23 +190,48 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer with its parameter groups; its learning rate is set before each step."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool = False) -> torch.optim.Optimizer:
+    """Return the optimizer with its parameter groups; its learning rate is set before each step.
+
+    Args:
+        model: Whose parameters.
+        config: Its settings.
+        skippable: Whether its step changes nothing while the tensor ``found_inf`` of the optimizer is 1, so that this
+            can be decided on a GPU that nobody waits for. It takes torch's fused implementations, which are made for
+            that and differ from the others by rounding.
+    """
     groups = parameter_groups(model, config)
     for group in groups:
         group["lr"] = 0.0
         del group["names"]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum)
+        sgd = torch.optim.SGD(groups, momentum=config.momentum, fused=skippable or None)
+        if skippable and config.momentum:
+            # torch 2.14 leaves the buffer as memory happened to be, if the very first step is the one left out.
+            for parameter in (p for group in sgd.param_groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999))
-    return LARS(
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), fused=skippable or None)
+    lars = LARS(
         groups,
         lr=0.0,
         momentum=config.momentum,
         trust_coefficient=config.lars_trust_coefficient,
         clip=config.lars_clip,
     )
+    lars._step_supports_amp_scaling = skippable
+    return lars
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load an optimizer's state; which implementation it had, perhaps on another kind of device, is not taken over."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = [
+        {**saved, **{name: group[name] for name in ("fused", "foreach") if name in group}}
+        for saved, group in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

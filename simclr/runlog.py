@@ -1,4 +1,7 @@
-"""What a run writes down: a manifest of facts, one JSON line per measurement, a progress bar."""
+"""What a run writes down: a manifest of facts, one JSON line per measurement, a progress bar, how it stands.
+
+Besides, the lock that keeps a second run out of the folder.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,27 @@ import math
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from tqdm import tqdm
 
+from simclr.interruption import Interrupted
+
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
+STATUS = "status.json"
+LOCK = ".lock"
+State = Literal["running", "interrupted", "finished", "failed"]
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
 
 
@@ -118,6 +128,11 @@ class RunLog:
             time_left = datetime.timedelta(seconds=round(left))
             print(f"step {self._step} of {self._total_steps}, {values}, {time_left} left", flush=True)
 
+    def sync(self) -> None:
+        """Return when all lines are on the disk: before a checkpoint that continues after them."""
+        if self._is_main:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """End the progress bar and the file."""
         if self._is_main:
@@ -131,6 +146,97 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Status:
+    """status.json: how a run stands, for job scripts to decide by. Only rank 0 writes it.
+
+    {"state": "running", "step": of the newest checkpoint, "total_steps": of the whole run, "reason": why it stands so}
+
+    A run that was killed cannot say so: it stays "running".
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool, step: int, total_steps: int) -> None:
+        self._path, self._is_main = folder / STATUS, is_main
+        self._step, self._total_steps = step, total_steps
+
+    def saved(self, step: int) -> None:
+        """Tell of a newer checkpoint."""
+        self._step = step
+        self._write("running")
+
+    def failed(self, reason: str) -> None:
+        """Tell why the run does not go on."""
+        self._write("failed", reason)
+
+    def __enter__(self) -> Self:
+        if self._step < self._total_steps:
+            self._write("running")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Interrupted):
+            self._write("interrupted", str(error))
+        elif error is not None:
+            self.failed(f"{type(error).__name__}: {error}")
+        elif self._step == self._total_steps:
+            self._write("finished")
+        else:
+            self._write("interrupted", "stop_at_step")
+
+    def _write(self, state: State, reason: str = "") -> None:
+        if self._is_main:
+            content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
+            write_json(self._path, content)
+
+
+def saved_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint that status.json tells of, 0 without one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / STATUS).read_text(encoding="utf-8"))["step"])
+    return 0
+
+
+class FolderInUseError(ValueError):
+    """Another program trains in this folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it until the end, however this program ends. Only rank 0 does.
+
+    The kernel holds the lock (flock) and gives it up with the process. On NFS it holds between machines where the
+    server's lock service runs (Linux; not with the mount option nolock); a file system that has no locks is said.
+
+    Raises:
+        FolderInUseError: If another program holds the lock; the message names it.
+    """
+    if not is_main:
+        yield
+        return
+    import fcntl  # POSIX
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FolderInUseError(
+                f"another run writes to {folder}: {file.read().strip() or 'it has only just begun'}. Wait for its end "
+                "or stop it, or give another --output"
+            ) from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({error}): see to it that no other run uses it", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import pytest
 import torch
 
 from simclr import runlog
-from simclr.runlog import METRICS, RunLog, environment, read_metrics, write_json
+from simclr.interruption import Interrupted
+from simclr.runlog import METRICS, RunLog, Status, environment, read_metrics, write_json
 
 
 @contextmanager
@@ -212,3 +215,79 @@ def test_write_json_keeps_the_old_file_when_it_fails(tmp_path: Path, bad: Any, e
         write_json(blocked, {})
     assert json.loads(path.read_text()) == {"old": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["blocked.json", "manifest.json"]
+
+
+# ------------------------------------------------------------------------------------------ status and lock
+
+
+def status(folder: Path) -> dict[str, Any]:
+    content = (folder / runlog.STATUS).read_text()
+    found: dict[str, Any] = json.loads(content)
+    assert content == json.dumps(found, indent=2) + "\n"  # a line for each key, which shell scripts read
+    assert list(found) == ["state", "step", "total_steps", "reason"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("last_step", "error", "state", "reason"),
+    [
+        (9, None, "finished", ""),
+        (5, None, "interrupted", "stop_at_step"),
+        (5, Interrupted("SIGTERM on rank 1"), "interrupted", "SIGTERM on rank 1"),
+        (5, ValueError("no"), "failed", "ValueError: no"),
+        (5, KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
+    ],
+)
+def test_the_status_tells_how_a_run_stands(
+    tmp_path: Path, last_step: int, error: BaseException | None, state: str, reason: str
+) -> None:
+    with (
+        suppress(Interrupted, ValueError, KeyboardInterrupt),
+        Status(tmp_path, is_main=True, step=2, total_steps=9) as kept,
+    ):
+        assert status(tmp_path) == {"state": "running", "step": 2, "total_steps": 9, "reason": ""}
+        kept.saved(last_step)
+        assert status(tmp_path) == {"state": "running", "step": last_step, "total_steps": 9, "reason": ""}
+        if error is not None:
+            raise error
+    assert status(tmp_path) == {"state": state, "step": last_step, "total_steps": 9, "reason": reason}
+    assert runlog.saved_step(tmp_path) == last_step
+
+
+def test_other_ranks_write_no_status_and_hold_no_lock(tmp_path: Path) -> None:
+    with Status(tmp_path, is_main=False, step=0, total_steps=9) as kept:
+        kept.saved(3)
+    with runlog.locked(tmp_path / "run", is_main=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert runlog.saved_step(tmp_path) == 0
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from simclr import runlog
+with runlog.locked(Path(sys.argv[1]), is_main=True):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        expected = f"another run writes to .*run: process {holder.pid} on {socket.gethostname()}. .*--output"
+        with pytest.raises(ValueError, match=expected), runlog.locked(tmp_path / "run", is_main=True):
+            pass
+        holder.kill()
+    with (
+        runlog.locked(tmp_path / "run", is_main=True),
+        pytest.raises(ValueError, match=f"process {os.getpid()} on"),
+        runlog.locked(tmp_path / "run", is_main=True),
+    ):
+        pass
+    with runlog.locked(tmp_path / "run", is_main=True):  # and is given back
+        pass

@@ -1,0 +1,144 @@
+"""Gradients that are not finite: noticed by all ranks before the step, kept out of the weights, written down.
+
+Gradients are averaged over all ranks before they are looked at, so one rank's NaN is everyone's, and all ranks decide
+alike without a word. On a GPU the decision is taken on the device, where the optimizer leaves out the step by itself;
+the host hears of it when metrics are read, some steps later.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simclr import distributed
+from simclr.evaluation import DivergedError
+from simclr.runlog import write_json
+
+MOST_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is kept of a step until the host looks at it."""
+
+    step: int
+    epoch: int
+    index: Tensor
+    loss: Tensor
+    norms: Tensor
+
+
+class Guard:
+    """Takes optimizer steps with finite gradients only.
+
+    Args:
+        model: Whose gradients; the names of its parameters.
+        optimizer: As accelerate prepared it.
+        scaler: Of fp16, or None. It leaves out steps itself, as part of its search for a scale.
+        policy: See :class:`simclr.config.TrainConfig`.
+        folder: Where gradients that are not finite are described.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        scaler: Any,
+        policy: Literal["stop", "skip"],
+        folder: Path,
+    ) -> None:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
+        self._optimizer, self._scaler = optimizer, scaler
+        self._skips = policy == "skip" or scaler is not None
+        self._folder, self._rank = folder, distributed.rank()
+        self._steps: list[_Step] = []  # not looked at yet
+        self._norms: list[float] = []  # of those looked at
+        self._in_a_row = 0
+
+    @torch.no_grad()
+    def gradient_norms(self) -> Tensor:
+        """Return the l2 norm of each parameter's gradient, on the device: float32 at least, shape (parameters,).
+
+        To be called before the gradient is clipped.
+        """
+        gradients = [p.grad if p.grad is not None else p.new_zeros(()) for p in self._parameters]
+        return torch.stack(torch._foreach_norm(gradients))
+
+    def step(self, norms: Tensor, *, step: int, epoch: int, index: Tensor, loss: Tensor) -> None:
+        """Take an optimizer step if the gradient is finite.
+
+        Args:
+            norms: Of :meth:`gradient_norms`.
+            step: Number of the step, from 1.
+            epoch: Of the images.
+            index: int64 (b,), this rank's images.
+            loss: This rank's, a scalar on the device.
+
+        Raises:
+            DivergedError: As :meth:`norms`, at once where no device is waited for by it.
+        """
+        self._steps.append(_Step(step, epoch, index, loss, norms))
+        is_finite = torch.linalg.vector_norm(norms).isfinite()
+        plain: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        if self._scaler is not None:
+            self._optimizer.step()
+        elif getattr(plain, "_step_supports_amp_scaling", False):
+            plain.found_inf = (~is_finite).float()  # type: ignore[attr-defined]  # torch's word for "leave this step out"
+            self._optimizer.step()
+        elif is_finite:
+            self._optimizer.step()
+        else:
+            self._look()
+
+    def norms(self) -> list[float]:
+        """Return the gradient's l2 norm at each step since the last call; the host waits for the device.
+
+        Raises:
+            DivergedError: If one was not finite and the policy is to stop, or too many were so in a row; on all ranks.
+        """
+        self._look()
+        norms, self._norms = self._norms, []
+        return norms
+
+    def _look(self) -> None:
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        totals: list[float] = torch.stack([torch.linalg.vector_norm(seen.norms) for seen in steps]).tolist()
+        for seen, total in zip(steps, totals, strict=True):
+            if math.isfinite(total):
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            path = self._describe(seen, total)
+            if not self._skips or self._in_a_row >= MOST_IN_A_ROW:
+                again = f", for the {self._in_a_row}th time in a row" if self._in_a_row > 1 else ""
+                raise DivergedError(
+                    f"the gradient is not finite at step {seen.step}{again}; this rank's loss is {float(seen.loss)}. "
+                    f"The weights did not take it in; {path} has the images and norms"
+                )
+        self._norms += totals
+
+    def _describe(self, seen: _Step, total: float) -> Path:
+        path = self._folder / f"nonfinite_step{seen.step:08d}_rank{self._rank}.json"
+        norms = dict(zip(self._names, seen.norms.tolist(), strict=True))
+        write_json(
+            path,
+            {
+                "step": seen.step,
+                "epoch": seen.epoch,
+                "rank": self._rank,
+                "loss_of_this_rank": str(float(seen.loss)),
+                "gradient_norm": str(total),  # text, since JSON has no such numbers
+                "not_finite": [name for name, norm in norms.items() if not math.isfinite(norm)],
+                "gradient_norms": {name: str(norm) for name, norm in norms.items()},
+                "images": seen.index.tolist(),
+            },
+        )
+        return path

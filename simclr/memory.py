@@ -1,0 +1,57 @@
+"""Out of memory: a message that says what to change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+class OutOfMemoryError(ValueError):
+    """The device's memory does not hold a step."""
+
+
+@contextlib.contextmanager
+def explained(device: torch.device, per_device_batch_size: int, world_size: int) -> Iterator[None]:
+    """Turn torch's and Python's errors for memory that cannot be had into one that names what fits.
+
+    Args:
+        device: Of the step.
+        per_device_batch_size: Source images of a step on it.
+        world_size: Number of devices.
+
+    Raises:
+        OutOfMemoryError: In place of those errors; others pass.
+    """
+    static = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        fits = _estimate(device, static, per_device_batch_size)
+        raise OutOfMemoryError(
+            f"out of memory on {device} with per_device_batch_size {per_device_batch_size}"
+            f"{f'; about {fits} source images would fit' if fits else ''}. Lower --micro-batch-size, which leaves the "
+            f"result as it is, or --global-batch-size (now {per_device_batch_size * world_size}), or use more devices. "
+            f"{error}"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CPUs raise a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory", "not enough memory")."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "llocate memory" in str(error)
+
+
+def _estimate(device: torch.device, static: int, per_device_batch_size: int) -> int | None:
+    """Return how many images would fit at most, if a step's memory grows with them as it has until it failed."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.max_memory_allocated(device) - static
+    usable = free + torch.cuda.memory_reserved(device) - static
+    if not 0 < usable < total or used <= 0:
+        return None
+    # The failed step would have needed more than it had got; so this is an upper bound.
+    return min(per_device_batch_size - 1, int(per_device_batch_size * 0.9 * usable / max(used, usable)))

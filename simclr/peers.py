@@ -1,0 +1,219 @@
+"""This rank among the others: it tells how far it is, notices who does not go on, and agrees with all when to stop.
+
+What notices a fault, and when:
+
+    another rank dies            the exchange of the next step fails at once: its connection was closed
+    another rank stands still    collectives give up after the timeout
+    this rank stands still       its watchdog ends it after the timeout and a few seconds, with all threads' stacks
+
+Each rank writes its step into the ranks' common store every second, which is how a survivor can name who is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_size
+from simclr.interruption import Signals
+
+START_SECONDS = 600.0
+"""How long ranks wait for each other, and for themselves, where some may be slow: reading data for the first time,
+compiling, measuring, a checkpoint on a slow disk."""
+
+EXIT_STOOD_STILL = 70
+"""Exit status of a rank that its watchdog has ended. EX_SOFTWARE of sysexits.h."""
+
+_REPORT_SECONDS = 1.0
+_MARGIN_SECONDS = 3.0  # so that a rank that waits in vain for another reports that, rather than itself
+
+
+class LostPeerError(RuntimeError):
+    """Another rank has died or stands still. The message names it, as far as can be known."""
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What a rank last told."""
+
+    number: int
+    """Counts its reports: where it does not grow, the rank is dead or stopped."""
+    step: int
+    doing: str
+    left: str = ""
+    """Why it has left, if it has."""
+
+
+class Peers:
+    """See the module. Made and closed by all ranks together; also in a world of one, for its watchdog.
+
+    Args:
+        timeout_seconds: See :class:`simclr.config.TrainConfig`; it holds from the first step on.
+        signals: What asks this rank to stop.
+    """
+
+    def __init__(self, *, timeout_seconds: float, signals: Signals) -> None:
+        self._timeout, self._signals = timeout_seconds, signals
+        self._before_exit: Callable[[str], None] = lambda reason: None
+        self._channel = SideChannel(datetime.timedelta(seconds=START_SECONDS))
+        self._store = store()
+        self._limit = START_SECONDS
+        self._heartbeats = 0  # of the training thread; that they go on is what the watchdog watches
+        self._now = _Heard(0, 0, "starting")
+        self._closed = threading.Event()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watchdog.start()
+
+    def meet(self) -> None:
+        """Wait for all ranks."""
+        self._channel.meet()
+
+    def gather(self, number: int) -> list[int]:
+        """Return every rank's number, in rank order, on every rank."""
+        return self._channel.gather(number)
+
+    def step_taken(self, step: int) -> str:
+        """Tell that ``step`` steps are taken; return who was asked to stop by what, the same on every rank, or "".
+
+        A signal is answered one step later: see :meth:`simclr.distributed.SideChannel.vote`.
+        """
+        if self._limit != self._timeout:
+            self._set_limit(self._timeout)
+        self._tell("training", step)
+        received = self._signals.received
+        agreed = self._channel.vote(received * world_size() + rank() if received else 0)
+        if not agreed:
+            return ""
+        number, asked = divmod(agreed, world_size())
+        return signal.Signals(number).name + (f" on rank {asked}" if world_size() > 1 else "")
+
+    @contextlib.contextmanager
+    def patience(self, doing: str) -> Iterator[None]:
+        """Wait longer than between steps, for what all ranks do together and may take minutes."""
+        self._set_limit(START_SECONDS)
+        self._tell(doing)
+        yield
+        self._channel.meet()
+        self._tell("training")
+        self._set_limit(self._timeout)
+
+    @contextlib.contextmanager
+    def explained(self, before_exit: Callable[[str], None]) -> Iterator[None]:
+        """Tell the others why this rank leaves, if it does, and name the rank that is lost, if that is why.
+
+        Args:
+            before_exit: Called with a reason before the watchdog ends this process.
+
+        Raises:
+            LostPeerError: In place of an error of a collective call.
+        """
+        self._before_exit = before_exit
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error):
+                self.leave(f"{type(error).__name__}: {error}")
+                raise
+            message = f"rank {rank()} ends after step {self._now.step}, {self._now.doing}: {self.describe_loss()}"
+            self.leave(message)
+            raise LostPeerError(message) from error
+
+    def describe_loss(self) -> str:
+        """Say which ranks are missing, after a moment in which those that live report once more."""
+        before = self._heard()
+        time.sleep(2.2 * _REPORT_SECONDS)
+        after = self._heard()
+        if not after:
+            return "the host of the ranks' common store, rank 0 or the launcher, is gone"
+        missing, others = [], []
+        for number in range(world_size()):
+            heard = after.get(number)
+            if heard is None:
+                missing.append(f"rank {number} was never heard of")
+            elif heard.left:
+                others.append(f"rank {number} has left at step {heard.step}: {heard.left}")
+            elif number in before and before[number].number == heard.number:
+                missing.append(f"rank {number} is dead or stopped: last heard of at step {heard.step}, {heard.doing}")
+            elif number != rank():
+                others.append(f"rank {number} lives, at step {heard.step}, {heard.doing}")
+        return "; ".join([*missing, *others]) or "all other ranks live"
+
+    def leave(self, reason: str) -> None:
+        """Tell the others why this rank does not go on."""
+        self._now = _Heard(self._now.number + 1, self._now.step, self._now.doing, left=reason[:500])
+        self._report()
+
+    def close(self) -> None:
+        """End the watchdog."""
+        self._closed.set()
+        self._watchdog.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tell(self, doing: str, step: int | None = None) -> None:
+        self._heartbeats += 1
+        self._now = _Heard(self._now.number, self._now.step if step is None else step, doing)
+
+    def _set_limit(self, seconds: float) -> None:
+        self._limit = seconds
+        self._heartbeats += 1
+        self._channel.set_timeout(datetime.timedelta(seconds=seconds))
+
+    # ------------------------------------------------------------------------------------------ in the thread
+
+    def _watch(self) -> None:
+        heartbeats, seconds = self._heartbeats, 0.0  # those in which this thread ran: a stopped process may go on
+        while not self._closed.wait(_REPORT_SECONDS):
+            self._now = _Heard(self._now.number + 1, self._now.step, self._now.doing, self._now.left)
+            self._report()
+            if heartbeats != self._heartbeats:
+                heartbeats, seconds = self._heartbeats, 0.0
+            seconds += _REPORT_SECONDS
+            if seconds > self._limit + _MARGIN_SECONDS:
+                self._end_process(seconds)
+
+    def _end_process(self, seconds: float) -> None:
+        message = (
+            f"rank {rank()} has stood still for {seconds:.0f} s after step {self._now.step}, {self._now.doing}: "
+            "ended by its watchdog (--timeout-seconds)"
+        )
+        with contextlib.suppress(Exception):
+            print(f"{message}; its threads, most recent call first:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        with contextlib.suppress(Exception):
+            self.leave(message)
+        with contextlib.suppress(Exception):
+            self._before_exit(message)
+        os._exit(EXIT_STOOD_STILL)
+
+    def _report(self) -> None:
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # its host is gone; the next collective fails for that
+                self._store.set(f"peers/{rank()}", json.dumps(vars(self._now)))
+
+    def _heard(self) -> dict[int, _Heard]:
+        heard: dict[int, _Heard] = {}
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                for number in range(world_size()):
+                    if self._store.check([f"peers/{number}"]):
+                        told: dict[str, Any] = json.loads(self._store.get(f"peers/{number}"))
+                        heard[number] = _Heard(**told)
+        return heard
