@@ -29,7 +29,7 @@ from simclr import runlog
 from tests.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"
-LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 25 --log-every-steps 1 --checkpoint-every-epochs 5")
+LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 20 --log-every-steps 1 --checkpoint-every-epochs 5")
 
 # ---------------------------------------------------------------------------------- decisions, with stand-ins
 #
@@ -67,7 +67,7 @@ class Job:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def submit(self, script: list[str], **variables: str) -> tuple[int, str]:
+    def submit(self, script: list[str], name: str = "run", **variables: str) -> tuple[int, str]:
         """Run the job until it ends by itself; return its exit status and all output. A killed job is started again."""
         bin_folder = self.folder / "venv" / "bin"
         bin_folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class Job:
         output = ""
         for restart in range(10):
             result = subprocess.run(
-                ["bash", str(JOBS / "pretrain.sbatch"), str(self.run), str(self.images), "demo"],
+                ["bash", str(JOBS / "pretrain.sbatch"), str(self.folder / name), str(self.images), "demo"],
                 cwd=ROOT,
                 env=env | {"SLURM_RESTART_COUNT": str(restart)} if restart else env,
                 stdout=subprocess.PIPE,
@@ -183,6 +183,14 @@ def test_a_job_submitted_again_has_all_its_attempts(job: Job) -> None:
     assert first == [T, T, R, T, R, T]
 
 
+@needs_bash
+def test_a_task_of_an_array_has_its_own_seed_and_folder(job: Job) -> None:
+    returned, output = job.submit(['RUN=$RUN-3; echo "$*"; status finished 90'], name="run-%a", SLURM_ARRAY_TASK_ID="3")
+    assert returned == 0, output
+    expected = f"train_simclr.py demo --data {job.images} --output {job.run}-3 --world-size 1 --seed 3"
+    assert expected in output
+
+
 # --------------------------------------------------------------------------------------------------- a real SLURM
 
 
@@ -206,7 +214,9 @@ class Slurm:
         return result.stdout.strip()
 
     def state(self, job: str) -> str:
-        return re.findall(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))[0]
+        match = re.search(r"JobState=(\w+)", self.call("scontrol", "show", "job", job))
+        assert match is not None
+        return match[1]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +257,7 @@ def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slu
     convert(shapes(0, "train", NUM_IMAGES), images, Storage())
     convert(shapes(0, "test", NUM_IMAGES), tmp_path / "test.beton", Storage())
     folder, log = tmp_path / "run", tmp_path / "job.log"
-    about = ["--output", log, "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
+    about: list[str | Path] = ["--output", log, "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
     job = slurm.call("sbatch", "--parsable", *about, JOBS / "pretrain.sbatch", folder, images, *options)
     probe_log = tmp_path / "probe.log"
     probe = ["--num-validation", "8", "--epochs", "1", "--loader", "memory"]
@@ -269,7 +279,8 @@ def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slu
         status = json.loads((folder / "status.json").read_text())
         assert status["state"] == "interrupted", log.read_text()
         assert status["step"] == last_step(folder) > resumed + 2
-        slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would hold it for some seconds
+        # SLURM would hold it for 6 s; but a job that starts in the second of its requeue it refuses to start at all.
+        slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now+2seconds")
         wait_until("the job starts again", lambda: restarts() == begun + 1)
 
     interrupt("scancel", "--signal=USR1", "--batch", job)
