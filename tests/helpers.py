@@ -20,6 +20,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ["torch.distributed", "numpy", "train_simclr"]  # imported once, by the process that forks all others
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -115,7 +116,7 @@ class _Pool:
             return
         # A server that has imported torch once and forks each worker: starting one takes a tenth of a second.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "numpy"])
+        context.set_forkserver_preload(PRELOADED)
         with _environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=_LOOPBACK):
             while len(self.workers) < size:
                 ours, theirs = context.Pipe()
