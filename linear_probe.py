@@ -26,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import evaluation, report, runlog
+from simclr import evaluation, host, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained
 from simclr.config import ProbeConfig
@@ -55,6 +55,8 @@ def main(config: ProbeConfig) -> Path:
     """
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        host.keep_freed_memory()
 
     # What was pretrained, and the images to measure it on
     pretrained = load_pretrained(config.run, device)

@@ -31,14 +31,17 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, losses, memory, runlog
+from simclr import checkpoint, distributed, evaluation, host, losses, memory, runlog
+from simclr.batch_norm import replace_batch_norm
 from simclr.beton import Facts
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError
+from simclr.feed import ViewFeed
 from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, Interrupted, Signals
+from simclr.micro_batch import BatchInParts, split_into_units
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
 from simclr.optim import (
     describe_groups,
@@ -51,13 +54,14 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
-from simclr.views import describe, two_views
+from simclr.views import describe
 
-# Fields that may differ between a run and its continuation, because the weights do not depend on them.
+# Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
     {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
-    | {"allow_changed", "timeout_seconds", "on_nonfinite"}
+    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "views"}
+    | {"loss.nt_xent_form", "loss.barlow_twins_form", "loss.kernels"}
 )
 
 
@@ -79,6 +83,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
+    kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
     with (
         Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers,
         open_images(config.data, backend=config.loader, device=accelerator.device) as source,
@@ -89,7 +94,9 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         # The same weights on every rank, from the seed
         torch.manual_seed(config.seed)
         plain_model = SimCLR(config.model, size)
-        if derived.world_size > 1 and config.global_batch_norm:
+        if config.micro_batch_size is not None:
+            replace_batch_norm(plain_model)
+        elif derived.world_size > 1 and config.global_batch_norm:
             use_global_batch_norm(plain_model, accelerator.device)
         plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
@@ -100,15 +107,35 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
                 make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda"),
             )
 
+        units = None if config.micro_batch_size is None else split_into_units(plain_model, size)
         if config.resume == "must" and not config.folder.exists():
             raise CheckpointError(
                 f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
             )
+        feed = ViewFeed(
+            source,
+            config.view_1,
+            config.view_2,
+            seed=config.seed,
+            choice=config.views,
+            device=accelerator.device,
+            dtype=forward_dtype(accelerator, config),
+        )
         with runlog.locked(config.folder, is_main=is_main):
             progress = resume(config, source.facts, plain_model, optimizer, accelerator)
             if is_main:
-                say_start(config, derived, source, accelerator, precision_reason, plain_model, progress)
-                write_manifest(config, derived, source, accelerator, progress)
+                say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
+                if kept_memory is not None:
+                    print(f"memory:     {kept_memory}", flush=True)
+                write_manifest(config, derived, source, feed, accelerator, progress)
+            # Which images this rank reads at each step
+            plan = EpochPlan(
+                validation_split(derived.num_images, 0)[0],
+                config.global_batch_size,
+                derived.world_size,
+                accelerator.process_index,
+                config.seed,
+            )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
                 Status(config.folder, is_main=is_main, step=progress.step, total_steps=derived.total_steps) as status,
@@ -123,10 +150,23 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
                     after=status.saved,
                 ) as writer,
                 peers.explained(before_exit=status.failed),
+                feed,
             ):
-                guard = Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder)
                 run = Run(
-                    config, derived, source, accelerator, model, plain_model, optimizer, progress, guard, writer, peers
+                    config=config,
+                    derived=derived,
+                    source=source,
+                    plan=plan,
+                    feed=feed,
+                    accelerator=accelerator,
+                    model=model,
+                    plain_model=plain_model,
+                    units=units,
+                    optimizer=optimizer,
+                    guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+                    progress=progress,
+                    writer=writer,
+                    peers=peers,
                 )
                 train(run, log)
     for tracker in accelerator.trackers:
@@ -154,15 +194,21 @@ class Run:
     config: TrainConfig
     derived: Derived
     source: ImageSource
+    plan: EpochPlan
+    """Which images this rank reads at each step."""
+    feed: ViewFeed
+    """Makes their views."""
     accelerator: Accelerator
     model: nn.Module
     """As accelerate prepared it: autocast, and DDP where there are several processes."""
     plain_model: SimCLR
     """The same weights without those wrappers."""
+    units: list[nn.Sequential] | None
+    """The same in parts, where a batch is taken in micro-batches."""
     optimizer: Any
-    progress: Progress
     guard: Guard
     """Takes optimizer steps."""
+    progress: Progress
     writer: CheckpointWriter
     peers: Peers
 
@@ -180,22 +226,15 @@ def train(run: Run, log: RunLog) -> None:
     """Train from ``run.progress`` to the end, to ``stop_at_step``, or until asked to stop."""
     config, derived, progress = run.config, run.derived, run.progress
     require_same_start(run)
-    plan = EpochPlan(
-        validation_split(derived.num_images, 0)[0],
-        config.global_batch_size,
-        derived.world_size,
-        run.accelerator.process_index,
-        config.seed,
-    )
     meter = Meter(run, log)
     stop = min(config.stop_at_step or derived.total_steps, derived.total_steps)
     asked = ""
     run.model.train()
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
-        for batch in run.source.batches(plan, epoch=epoch, start_step=start_step):
+        for views in run.feed.batches(run.plan, epoch=epoch, start_step=start_step):
             with memory.explained(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
-                meter.add(*train_step(run, batch.image, batch.index, epoch))
+                meter.add(*train_step(run, views))
             progress.step += 1
             run.writer.raise_if_failed()
             asked = run.peers.step_taken(progress.step)
@@ -229,45 +268,79 @@ def require_same_start(run: Run) -> None:
         )
 
 
-def train_step(run: Run, image: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device."""
+def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device.
+
+    Args:
+        run: What is trained.
+        views: (2b, 3, S, S): the first views of b images, then the second ones.
+    """
     config, derived = run.config, run.derived
-    mean, std = run.source.facts.normalisation
-    view_1, view_2 = two_views(
-        image,
-        index,
-        config.view_1,
-        config.view_2,
-        seed=config.seed,
-        epoch=epoch,
-        size=run.source.facts.height,
-        mean=mean,
-        std=std,
-    )
-    dtype = parameter_dtype(config)
-    view_1, view_2 = view_1.to(dtype), view_2.to(dtype)
-    if config.batch_norm_per_view:
-        z1, z2 = run.model(view_1)[1], run.model(view_2)[1]
-    else:
-        z1, z2 = run.model(torch.cat([view_1, view_2]))[1].chunk(2)
-    loss = objective(config)(z1, z2) * config.loss.scale
-    run.accelerator.backward(loss)
+    run.guard.begin()
+    # What passes the network together, so that batch normalisation sees it together
+    groups = list(views.chunk(2)) if config.batch_norm_per_view else [views]
+    passes = whole_batch if run.units is None else in_micro_batches
+    loss, z1, z2 = passes(run, groups)
     run.accelerator.unscale_gradients(run.optimizer)
     norms = run.guard.gradient_norms()
     if config.optimizer.gradient_clip_norm is not None:
         run.accelerator.clip_grad_norm_(run.plain_model.parameters(), config.optimizer.gradient_clip_norm)
     set_learning_rate(run.optimizer, learning_rate(config, derived, run.progress.step))
-    run.guard.step(norms, step=run.progress.step + 1, epoch=epoch, index=index, loss=loss.detach())
+    run.guard.step(norms, step=run.progress.step + 1, loss=loss.detach())
     run.optimizer.zero_grad()
     return loss.detach(), z1.detach(), z2.detach()
 
 
+def whole_batch(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass this rank's views forward and backward at once; return loss, z1 and z2."""
+    z1, z2 = torch.cat([run.model(group)[1] for group in groups]).chunk(2)
+    loss = objective(run.config)(z1, z2)
+    run.accelerator.backward(loss)
+    return loss, z1, z2
+
+
+def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same a micro-batch at a time: all projections first, then their gradient, then each micro-batch again."""
+    assert run.units is not None
+    assert run.config.micro_batch_size is not None
+    rows = run.config.micro_batch_size * 2 // len(groups)
+    ways = [BatchInParts(run.units, rows, run.accelerator.autocast) for _ in groups]
+    z = torch.cat([way.project(group) for way, group in zip(ways, groups, strict=True)]).requires_grad_()
+    z1, z2 = z.chunk(2)
+    loss = objective(run.config)(z1, z2)
+    run.accelerator.backward(loss)
+    assert z.grad is not None
+    for way, gradient in zip(ways, z.grad.chunk(len(groups)), strict=True):
+        way.backward(gradient)
+    distributed.average_gradients(run.plain_model.parameters())  # DDP averages only what passed through it
+    return loss, z1, z2
+
+
 def objective(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss as a function of the two views' projections."""
+    """Return the loss, times its scale, as a function of the two views' projections."""
     loss = config.loss
-    if loss.name == "nt_xent":
-        return functools.partial(losses.nt_xent, temperature=loss.temperature)
-    return functools.partial(losses.barlow_twins, off_diagonal_weight=loss.off_diagonal_weight, centre=loss.centre)
+
+    def scaled(z1: Tensor, z2: Tensor) -> Tensor:
+        if loss.name == "nt_xent":
+            value = losses.nt_xent(
+                z1,
+                z2,
+                temperature=loss.temperature,
+                form=loss.nt_xent_form,
+                kernels=loss.kernels,
+                bf16_matmul=loss.bf16_matmul,
+            )
+        else:
+            value = losses.barlow_twins(
+                z1,
+                z2,
+                off_diagonal_weight=loss.off_diagonal_weight,
+                centre=loss.centre,
+                form=loss.barlow_twins_form,
+            )
+        return value * loss.scale
+
+    return scaled
 
 
 def learning_rate(config: TrainConfig, derived: Derived, step: int) -> float:
@@ -508,7 +581,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, st
 
 
 def parameter_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype of weights and views."""
+    """Return the dtype of the weights."""
     return torch.float64 if config.precision == "fp64" else torch.float32
 
 
@@ -567,7 +640,7 @@ def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, 
 def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with another configuration or other images, unless allowed; show the difference."""
     before, now = (
-        _flat({key: value for key, value in json.loads(text).items() if key not in FREE_TO_CHANGE})
+        {key: value for key, value in _flat(json.loads(text)).items() if key not in FREE_TO_CHANGE}
         for text in (saved["config"], to_json(config))
     )
     different = {
@@ -622,6 +695,7 @@ def say_start(
     config: TrainConfig,
     derived: Derived,
     source: ImageSource,
+    feed: ViewFeed,
     accelerator: Accelerator,
     precision: str,
     model: SimCLR,
@@ -634,10 +708,12 @@ def say_start(
     print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
     print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
     print(f"loader:     {source.backend} ({source.reason})")
+    print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
+    print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")
     for i, line in enumerate(derived.equations(config)):
         print(f"{'' if i else 'derived:':<12}{line}")
     encoder, projector = count_parameters(model.encoder), count_parameters(model.projector)
@@ -658,8 +734,26 @@ def say_start(
     sys.stdout.flush()
 
 
+def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
+    """Return in which form the loss is computed, and why."""
+    loss, b, d = config.loss, derived.per_device_batch_size, config.model.projection_dim
+    forced: str
+    if loss.name == "nt_xent":
+        forced, choice = loss.nt_xent_form, losses.choose_nt_xent(b, d, device, bf16_matmul=loss.bf16_matmul)
+    else:
+        forced, choice = loss.barlow_twins_form, losses.choose_barlow_twins(b, d)
+    form, reason = (choice.form, choice.reason) if forced == "auto" else (forced, "as configured")
+    kernels = loss.kernels if loss.kernels != "auto" else choice.kernels
+    return f"{form} ({reason})" + (f", {kernels} kernels" if form in {"tiled", "ring"} else "")
+
+
 def write_manifest(
-    config: TrainConfig, derived: Derived, source: ImageSource, accelerator: Accelerator, progress: Progress
+    config: TrainConfig,
+    derived: Derived,
+    source: ImageSource,
+    feed: ViewFeed,
+    accelerator: Accelerator,
+    progress: Progress,
 ) -> None:
     """Write manifest.json: what the result depends on, and the sessions that made it."""
     path = config.folder / runlog.MANIFEST
@@ -670,6 +764,7 @@ def write_manifest(
         "device": str(accelerator.device.type),
         "mixed_precision": accelerator.mixed_precision,
         "loader": f"{source.backend}: {source.reason}",
+        "views": f"{feed.method}: {feed.reason}",
     }
     earlier = []
     if progress.step and path.exists():

@@ -7,6 +7,7 @@ tests can hold that property on a machine without GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         over = [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        wide = _at_least_float32(x)
+        wide = at_least_float32(x)
         local = torch.cat([wide.sum(over), wide.new_tensor([x.numel() / x.shape[1]])])
         total = sum_over_ranks(local)
         count, mean = total[-1], total[:-1] / total[-1]
@@ -42,7 +43,7 @@ class _Normalise(torch.autograd.Function):
         normalised, inverse_std, count = ctx.saved_tensors
         over = [0, *range(2, normalised.ndim)]
         shape = [1, -1, *[1] * (normalised.ndim - 2)]
-        gradient, wide = _at_least_float32(gradients[0]), _at_least_float32(normalised)
+        gradient, wide = at_least_float32(gradients[0]), at_least_float32(normalised)
         sums = sum_over_ranks(torch.stack([gradient.sum(over), (gradient * wide).sum(over)])) / count
         through_statistics = sums[0].view(shape) + wide * sums[1].view(shape)
         return ((gradient - through_statistics) * inverse_std.view(shape)).to(gradients[0].dtype), None
@@ -73,6 +74,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        # What normalises a part of the batch by statistics of the whole, for simclr.micro_batch; None: forward does.
+        self.by_parts: Callable[[Tensor], Tensor] | None = None
         # Applied to the result; timm's BatchNormAct2d has other modules here.
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
@@ -90,17 +93,22 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         normalised: Tensor
-        normalised, mean, variance, count = _Normalise.apply(x, self.eps)
-        if self.training and self.running_mean is not None:
-            self._update_running_statistics(mean, variance, count)
+        if self.training and self.by_parts is not None:
+            normalised = self.by_parts(x)
+        else:
+            normalised, mean, variance, count = _Normalise.apply(x, self.eps)
+            if self.training:
+                self.update_running_statistics(mean, variance, count)
         if not self.affine:
             return normalised
         shape = [1, -1, *[1] * (x.ndim - 2)]
         return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     @torch.no_grad()
-    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        assert self.running_mean is not None
+    def update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Take in the mean and the biased variance (c,) of a batch of ``count`` values per channel."""
+        if self.running_mean is None:
+            return
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         if count < 2:
@@ -160,5 +168,6 @@ def _replace(module: nn.Module) -> nn.Module:
     return replacement
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or as it is if it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from simclr.losses import BarlowForm, KernelChoice, NTXentForm
 from simclr.models import ModelConfig
 from simclr.views import ViewSpec
 
@@ -37,6 +38,18 @@ class LossConfig:
 
     scale: float = 1.0
     """The loss is multiplied by this. It matters to SGD, and to LARS for what it does not adapt."""
+
+    nt_xent_form: NTXentForm = "auto"
+    """How nt_xent is computed, with the same result up to rounding: see simclr.losses. auto: by size and device."""
+
+    barlow_twins_form: BarlowForm = "auto"
+    """The same for barlow_twins."""
+
+    kernels: KernelChoice = "auto"
+    """nt_xent's tiles by torch's operations or by fused Triton kernels (CUDA). auto: Triton where it can."""
+
+    bf16_matmul: bool = False
+    """Whether nt_xent rounds the factors of its matrix products to bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +142,17 @@ class TrainConfig:
     loader: Literal["auto", "ffcv", "memory"] = "auto"
     """Who reads the images; both give the same batches."""
 
+    views: Literal["auto", "fused", "torch"] = "auto"
+    """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
+    on CPUs with numba, torch on GPUs and for fp64. They differ by rounding."""
+
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one. never: refuse to touch it. must: refuse to start
     anew."""
+
+    micro_batch_size: int | None = None
+    """Source images per forward and backward pass on each device, where memory does not hold the device's share of the
+    global batch; the result is the same up to rounding. See simclr.micro_batch for what it costs."""
 
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those of the run that is continued, such as epochs or optimizer.weight_decay (or
@@ -164,7 +185,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_validation", "knn_every_epochs", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        for name in ("world_size", "stop_at_step", "checkpoint_every_steps"):
+        for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
@@ -194,6 +215,8 @@ class TrainConfig:
         _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")
         _require(loss.off_diagonal_weight >= 0, "loss.off_diagonal_weight", loss.off_diagonal_weight, "at least 0")
         _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
+        if loss.bf16_matmul:
+            _require(loss.nt_xent_form != "matrix", "loss.nt_xent_form", "matrix", "another with loss.bf16_matmul")
 
     @property
     def folder(self) -> Path:
@@ -219,9 +242,18 @@ class Derived:
     def equations(self, config: TrainConfig) -> list[str]:
         """Return each number with the way it came about, for people."""
         batch, optimizer, left_out = config.global_batch_size, config.optimizer, self.left_out_per_epoch
+        share, part = self.per_device_batch_size, config.micro_batch_size
         return [
             f"per_device_batch_size = global_batch_size / world_size = {batch} / {self.world_size} = "
-            f"{self.per_device_batch_size} source images, {2 * self.per_device_batch_size} views",
+            f"{share} source images, {2 * share} views",
+            *(
+                [
+                    f"micro_batches = ceil(per_device_batch_size / micro_batch_size) = ceil({share} / {part}) = "
+                    f"{-(-share // part)}"
+                ]
+                if part is not None
+                else []
+            ),
             f"steps_per_epoch = floor(num_images / global_batch_size) = floor({self.num_images} / {batch}) = "
             f"{self.steps_per_epoch}"
             + (f"; {left_out} images sit out each epoch, other ones each" if left_out else ""),
@@ -252,6 +284,11 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
         raise ValueError(
             f"global_batch_size {batch} is not divisible by the {world_size} processes; use "
             f"--global-batch-size {usable}"
+        )
+    if config.micro_batch_size is not None and world_size > 1 and not config.global_batch_norm:
+        raise ValueError(
+            f"micro_batch_size {config.micro_batch_size} takes batch normalisation over the whole global batch, but "
+            "global_batch_norm is off; leave one of the two out"
         )
     if batch > num_images:
         raise ValueError(

@@ -347,12 +347,26 @@ class _MemorySource(ImageSource):
         for rows in slices:
             self._check_open()
             index = torch.from_numpy(rows.copy())
-            at = index.to(self.device)
-            yield Batch(self._pixels.index_select(0, at).view(shape), self._labels.index_select(0, at), index)
+            if self.device.type == "cpu":
+                # By numpy, on this thread alone: torch's would be taken from a step that runs meanwhile.
+                pixels = torch.from_numpy(self._pixels.numpy().take(rows, axis=0))
+                label = torch.from_numpy(self._labels.numpy().take(rows))
+            else:
+                at = _sent(index, self.device)
+                pixels, label = self._pixels.index_select(0, at), self._labels.index_select(0, at)
+            yield Batch(pixels.view(shape), label, index)
 
     def close(self) -> None:
         super().close()
         self._pixels = self._labels = torch.empty(0)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy on the device; the host's tensor may be overwritten at once.
+
+    To a GPU it goes through pinned memory, so that no one waits for it; torch uses that memory again after the copy.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -413,10 +427,10 @@ class _FFCVSource(ImageSource):
                 _stop_all({producer}, self._process)
 
     def _copy(self, buffer: NDArray[Any]) -> Tensor:
-        """Copies out of FFCV's ring, which it overwrites as soon as the next batch is taken; waits for the copy."""
+        """Copies out of FFCV's ring, which it overwrites as soon as the next batch is taken."""
         if self.device.type == "cpu":
             return torch.from_numpy(buffer.copy())
-        return torch.from_numpy(buffer).to(self.device, non_blocking=False)
+        return _sent(torch.from_numpy(buffer), self.device)
 
     def _take(self, producer: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The next batch. FFCV's own iterator waits without end for a thread that has died."""
@@ -499,14 +513,19 @@ def _load_ffcv() -> _FFCV:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils, and does not use it
         import numba
+        import numba.typed
 
-        numba_threads = numba.get_num_threads()
+        numba_threads, typed_dict = numba.get_num_threads(), numba.typed.Dict
+        # FFCV's table of two encodings is a compiled dictionary, which takes 3 seconds, and is read by Python only.
+        numba.typed.Dict = dict
         try:
             from ffcv import _libffcv
             from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
             from ffcv.loader import Loader, OrderOption, epoch_iterator
             from ffcv.pipeline.compiler import Compiler
-        finally:  # importing it sets both to 1; torch comes last, as numba may share its OpenMP library
+        finally:
+            numba.typed.Dict = typed_dict
+            # Importing FFCV sets both to 1; torch comes last, as numba may share its OpenMP library.
             numba.set_num_threads(numba_threads)
             torch.set_num_threads(torch_threads)
 

@@ -8,6 +8,7 @@ Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... an
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# torch 2.14 gives two collectives new names and warns of the old ones; torch 2.11 knows only the old.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def world_size() -> int:
@@ -38,15 +43,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
-        return gathered
+        return gather(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty((len(gradient) // world_size(), *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
+        _reduce_scatter(own, gradient.contiguous(), op=dist.ReduceOp.SUM)
         return own
 
 
@@ -58,6 +61,45 @@ class _SumOverRanks(torch.autograd.Function):
         total = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
         return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
+
+
+class _ReplicatedGather(torch.autograd.Function):
+    """Concatenate every rank's rows; the backward pass takes the own rows of a gradient that all ranks share."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0][rank() * ctx.count : (rank() + 1) * ctx.count]
+
+
+class _ReplicatedSum(torch.autograd.Function):
+    """Sum over ranks; the backward pass hands on a gradient that all ranks share."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _SharedGradient(torch.autograd.Function):
+    """The identity; the backward pass sums the gradient over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -86,9 +128,51 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    _require_equal_counts(rows)
+    require_equal_rows(rows)
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, in rank order, without gradient; every rank must hold the same number.
+
+    ``rows`` itself in a world of one. Collective call; :func:`require_equal_rows` is the caller's to make.
+    """
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    _all_gather(gathered, rows.contiguous())
+    return gathered
+
+
+def ring(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (rank, its rows) for every rank, this one first, holding those of two others at most.
+
+    Each rank passes on to the next what it received from the one before. The next rows arrive while the present ones
+    are used. They are valid until the next are taken. No gradient.
+
+    Args:
+        rows: Tensor (b, ...), the same shape and dtype on every rank.
+
+    Note:
+        Collective: every rank must take all of them. On NCCL the transfer runs beside the caller's kernels.
+    """
+    size, here = world_size(), rank()
+    current, spares = rows.contiguous(), [torch.empty_like(rows) for _ in range(min(2, size - 1))]
+    for step in range(size):
+        transfers: list[dist.Work] = []
+        incoming = spares[step % 2] if step < size - 1 else current
+        if step < size - 1:
+            transfers = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, current, (here + 1) % size),
+                    dist.P2POp(dist.irecv, incoming, (here - 1) % size),
+                ]
+            )
+        yield (here - step) % size, current
+        for transfer in transfers:
+            transfer.wait()
+        current = incoming
 
 
 def gather_variable(rows: Tensor) -> Tensor:
@@ -109,7 +193,7 @@ def gather_variable(rows: Tensor) -> Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     gathered = rows.new_empty((world_size() * max(counts), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded)
+    _all_gather(gathered, padded)
     return torch.cat([part[:count] for part, count in zip(gathered.chunk(world_size()), counts, strict=True)])
 
 
@@ -119,6 +203,55 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         return values
     total: Tensor = _SumOverRanks.apply(values)
     return total
+
+
+def replicated_gather(rows: Tensor) -> Tensor:
+    """As :func:`gather_with_grad`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
+
+    The backward pass then needs no communication here: every rank has the same gradient and takes its rows of it.
+    """
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _ReplicatedGather.apply(rows)
+    return gathered
+
+
+def replicated_sum(values: Tensor) -> Tensor:
+    """As :func:`sum_over_ranks`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
+
+    The backward pass then needs no communication here: every rank has the same gradient.
+    """
+    if world_size() == 1:
+        return values
+    total: Tensor = _ReplicatedSum.apply(values)
+    return total
+
+
+def shared_gradient(value: Tensor) -> Tensor:
+    """Return ``value``, the same on every rank; what the ranks' losses ask of it is summed over ranks, once, here.
+
+    With ``replicated_gather`` or ``replicated_sum`` before it, the gradients are those of ``gather_with_grad`` or
+    ``sum_over_ranks``, for the communication of one number. Collective in the backward pass.
+    """
+    if world_size() == 1:
+        return value
+    shared: Tensor = _SharedGradient.apply(value)
+    return shared
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each parameter's gradient by its mean over ranks, by one all-reduce. Collective call.
+
+    As DDP does it at the end of a backward pass; for backward passes that DDP does not see.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
@@ -149,9 +282,10 @@ class SideChannel:
         """Change the timeout, of training's collectives too."""
         self._timeout = timeout
         if self._group is not None:
+            # torch 2.14 has a public name for it.
+            change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
             for group in (self._group, dist.group.WORLD):
-                # torchtitan's way, too; the public functions set it when a group is made only.
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+                change(timeout, group)
 
     def meet(self) -> None:
         """Wait until all ranks have come. Raises RuntimeError, on rank 0 naming those that have not."""
@@ -208,7 +342,13 @@ def is_lost_peer(error: BaseException) -> bool:
 _last_common_count: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
-def _require_equal_counts(rows: Tensor) -> None:
+def require_equal_rows(rows: Tensor) -> None:
+    """Raise ValueError, with the numbers, unless every rank holds as many rows; see :func:`gather_with_grad`.
+
+    Collective call. Costs no wait for the device while the number stays what it was.
+    """
+    if world_size() == 1:
+        return
     counts_on_device = _all_counts(rows)
     if _last_common_count.get(dist.group.WORLD) == len(rows):
         return
@@ -225,5 +365,5 @@ def _all_counts(rows: Tensor) -> Tensor:
     """Return the number of rows on each rank, int64, shape (world_size,), on the device of ``rows``."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = count.new_empty(world_size())
-    dist.all_gather_into_tensor(counts, count)
+    _all_gather(counts, count)
     return counts

@@ -459,14 +459,15 @@ def fit_linear(
     for epoch in range(epochs):
         learning_rate = peak * learning_rate_at(epoch, peak=1.0, total_steps=epochs)
         for representation, label in batches(epoch):
-            x = (representation - mean) / std  # (b, D)
+            x = (representation - mean).div_(std)  # (b, D)
             probability = torch.addmm(bias, weight, x.T).view(g, c, -1).softmax(dim=1)
             # d loss / d logits, (g * c, b)
-            error = (probability - F.one_hot(label, c).T.to(x.dtype)).flatten(0, 1) / len(label)
-            weight_velocity.mul_(momentum).add_(error @ x).add_(decay * weight)
-            bias_velocity.mul_(momentum).add_(error.sum(dim=1, keepdim=True))
-            weight -= learning_rate * weight_velocity
-            bias -= learning_rate * bias_velocity
+            error = probability.sub_(F.one_hot(label, c).T.to(x.dtype)).flatten(0, 1).div_(len(label))
+            # In place, as the g * c by D matrices are read and written more slowly than they are multiplied.
+            torch.addmm(weight_velocity, error, x, beta=momentum, out=weight_velocity).addcmul_(decay, weight)
+            torch.add(error.sum(dim=1, keepdim=True), bias_velocity, alpha=momentum, out=bias_velocity)
+            weight.addcmul_(learning_rate, weight_velocity, value=-1)
+            bias.addcmul_(learning_rate, bias_velocity, value=-1)
         folded_weight, folded_bias = _fold(weight, bias, mean, std)
         for name, features in measure.items():
             history[name].append(_loss_and_accuracy(folded_weight, folded_bias, features, c))
@@ -507,7 +508,8 @@ def _loss_and_accuracy(
         logits = logits.view(-1, num_classes, len(label))  # (g, c, b)
         log_probability = logits.log_softmax(dim=1).gather(1, label.expand(len(logits), 1, -1))
         loss = loss - log_probability.double().sum(dim=(1, 2)).cpu()
-        right = right + (logits.argmax(dim=1) == label).sum(dim=1).cpu()
+        largest = logits.max(dim=1).indices  # argmax of the same takes five times as long on a CPU
+        right = right + (largest == label).sum(dim=1).cpu()
     return loss.numpy() / len(features), 100 * right.double().numpy() / len(features)
 
 

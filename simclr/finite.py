@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr import distributed
+from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
 from simclr.runlog import write_json
 
@@ -27,8 +28,6 @@ class _Step:
     """What is kept of a step until the host looks at it."""
 
     step: int
-    epoch: int
-    index: Tensor
     loss: Tensor
     norms: Tensor
 
@@ -42,6 +41,7 @@ class Guard:
         scaler: Of fp16, or None. It leaves out steps itself, as part of its search for a scale.
         policy: See :class:`simclr.config.TrainConfig`.
         folder: Where gradients that are not finite are described.
+        plan: Which images this rank takes at each step, for that description.
     """
 
     def __init__(
@@ -51,15 +51,23 @@ class Guard:
         scaler: Any,
         policy: Literal["stop", "skip"],
         folder: Path,
+        plan: EpochPlan,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._optimizer, self._scaler = optimizer, scaler
         self._skips = policy == "skip" or scaler is not None
-        self._folder, self._rank = folder, distributed.rank()
+        self._buffers = list(model.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._folder, self._plan, self._rank = folder, plan, distributed.rank()
         self._steps: list[_Step] = []  # not looked at yet
         self._norms: list[float] = []  # of those looked at
         self._in_a_row = 0
+
+    def begin(self) -> None:
+        """Remember the statistics of batch normalisation, which the forward pass changes. Before it, at each step."""
+        if self._skips:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
 
     @torch.no_grad()
     def gradient_norms(self) -> Tensor:
@@ -70,21 +78,22 @@ class Guard:
         gradients = [p.grad if p.grad is not None else p.new_zeros(()) for p in self._parameters]
         return torch.stack(torch._foreach_norm(gradients))
 
-    def step(self, norms: Tensor, *, step: int, epoch: int, index: Tensor, loss: Tensor) -> None:
+    def step(self, norms: Tensor, *, step: int, loss: Tensor) -> None:
         """Take an optimizer step if the gradient is finite.
 
         Args:
             norms: Of :meth:`gradient_norms`.
             step: Number of the step, from 1.
-            epoch: Of the images.
-            index: int64 (b,), this rank's images.
             loss: This rank's, a scalar on the device.
 
         Raises:
             DivergedError: As :meth:`norms`, at once where no device is waited for by it.
         """
-        self._steps.append(_Step(step, epoch, index, loss, norms))
+        self._steps.append(_Step(step, loss, norms))
         is_finite = torch.linalg.vector_norm(norms).isfinite()
+        if self._skips:
+            for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+                torch.where(is_finite, buffer, before, out=buffer)
         plain: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         if self._scaler is not None:
             self._optimizer.step()
@@ -127,18 +136,19 @@ class Guard:
 
     def _describe(self, seen: _Step, total: float) -> Path:
         path = self._folder / f"nonfinite_step{seen.step:08d}_rank{self._rank}.json"
+        epoch, step_in_epoch = divmod(seen.step - 1, len(self._plan))
         norms = dict(zip(self._names, seen.norms.tolist(), strict=True))
         write_json(
             path,
             {
                 "step": seen.step,
-                "epoch": seen.epoch,
+                "epoch": epoch,
                 "rank": self._rank,
                 "loss_of_this_rank": str(float(seen.loss)),
                 "gradient_norm": str(total),  # text, since JSON has no such numbers
                 "not_finite": [name for name, norm in norms.items() if not math.isfinite(norm)],
                 "gradient_norms": {name: str(norm) for name, norm in norms.items()},
-                "images": seen.index.tolist(),
+                "images": next(self._plan.batches(epoch, step_in_epoch)).tolist(),
             },
         )
         return path

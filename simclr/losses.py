@@ -6,19 +6,52 @@ Shape letters used in this file:
 
 What "equal to one device" means here: with z1 and z2 split over W ranks, the mean of the ranks' losses is the loss
 of one device on the whole batch, and the mean of the ranks' parameter gradients, which is what DDP computes, is
-that device's gradient.
+that device's gradient. That holds for every form in which a loss can be computed; they differ in time and memory only.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.distributed import gather_with_grad, rank
+from simclr import distributed
+from simclr.tiled import Kernels, nt_xent_of_rows
+
+NTXentForm = Literal["auto", "matrix", "tiled", "ring"]
+BarlowForm = Literal["auto", "gather", "sums"]
+KernelChoice = Literal["auto", "torch", "triton"]
+
+# The whole batch's projections are gathered up to this size, and passed round a ring above it.
+_GATHER_UP_TO_BYTES = 1 << 30
+# On a GPU, one matrix of similarities of up to this many elements (64 MiB) costs fewer kernel launches than tiles do.
+_MATRIX_UP_TO = 1 << 24
+# How many floating-point operations take as long as the transfer of one float32 between devices: that of a GPU with 60
+# TFLOP/s in float32 at 50 GB/s; docs/scaling.md says what hangs on it.
+_FLOP_PER_TRANSFER = 5000
 
 
-def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
+class Choice(NamedTuple):
+    """How a loss is computed, and why."""
+
+    form: str
+    kernels: Kernels
+    reason: str
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float = 0.5,
+    form: NTXentForm = "auto",
+    kernels: KernelChoice = "auto",
+    bf16_matmul: bool = False,
+) -> Tensor:
     """NT-Xent loss of this device's pairs against the projections of all devices.
 
     Row i of ``z1`` and row i of ``z2`` come from the same source image. Each of this device's 2b projections is
@@ -28,6 +61,15 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
         z1: Projections of the first view, shape (b, d), floating point. Need not be normalised.
         z2: Projections of the second view, same shape, dtype and device as ``z1``.
         temperature: Softmax temperature tau, > 0, unitless. Cosine similarities are divided by it.
+        form: "matrix" holds the (2b, 2n) similarities, and is the one that can be differentiated twice. "tiled"
+            computes them tile by tile, and again in the backward pass: memory O(n d). "ring" is tiled, and receives
+            the other devices' projections one device at a time: memory O(n d / world_size). "auto":
+            :func:`choose_nt_xent`.
+        kernels: What computes the tiles: "torch", or "triton", fused, for float32 on CUDA. "auto": Triton where it
+            can.
+        bf16_matmul: Whether the factors of matrix products are rounded to bfloat16 (their sums stay float32), which
+            GPUs multiply many times faster. The similarities' error is then about 0.002, divided by tau. Not with
+            form "matrix".
 
     Returns:
         Scalar, in nats: the mean over this device's 2b projections. float32, or float64 for float64 input.
@@ -35,14 +77,14 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
 
     Raises:
         ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b or d is 0,
-            the whole batch is a single pair (no negatives), ``temperature`` is not a positive finite number, or
-            ranks hold different b.
+            the whole batch is a single pair (no negatives), ``temperature`` is not a positive finite number, ranks
+            hold different b, or the form or the kernels cannot compute this.
 
     Note:
-        Collective call: every rank must make it. Computed in float32 at least, also inside autocast, because
-        1/tau multiplies the rounding errors of the similarities: bfloat16 would leave errors near 0.4 at
-        tau = 0.01. (So would ``torch.set_float32_matmul_precision`` below its default, and for the gradient a
-        backward pass inside autocast.) A projection of zeros has similarity 0 to all others and gets no gradient.
+        Collective call: every rank must make it, and the backward pass. Computed in float32 at least, also inside
+        autocast, because 1/tau multiplies the rounding errors of the similarities: bfloat16 would leave errors near
+        0.4 at tau = 0.01. (So would ``torch.set_float32_matmul_precision`` below its default.) A projection of zeros
+        has similarity 0 to all others and gets no gradient.
 
     Source:
         Chen et al. 2020, arXiv:2002.05709, equation 1 and algorithm 1, which average over 2n. (The authors'
@@ -51,20 +93,60 @@ def nt_xent(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
     _check_pair(z1, z2)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; the paper uses 0.1 to 1")
+    _check_word("form", form, NTXentForm)
+    _check_word("kernels", kernels, KernelChoice)
+    distributed.require_equal_rows(z1)
+    b, n = len(z1), len(z1) * distributed.world_size()
+    if n < 2:
+        raise ValueError("nt_xent needs at least 2 source images in the whole batch, got 1: there are no negatives")
+    if form == "auto" or kernels == "auto":
+        choice = choose_nt_xent(b, z1.shape[1], z1.device, z1.dtype, bf16_matmul=bf16_matmul)
+        form = choice.form if form == "auto" else form  # type: ignore[assignment]
+        kernels = choice.kernels if kernels == "auto" else kernels
+    if form == "matrix" and bf16_matmul:
+        raise ValueError("bf16_matmul needs form tiled or ring, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (_unit_rows(_at_least_float32(z)) for z in (z1, z2))
-        all_z1, all_z2 = _gather_pair(z1, z2)
-        b, n = len(z1), len(all_z1)
-        if n < 2:
-            raise ValueError("nt_xent needs at least 2 source images in the whole batch, got 1: there are no negatives")
-        similarity = torch.cat([z1, z2]) @ torch.cat([all_z1, all_z2]).T  # (2b, 2n)
-        own = rank() * b + torch.arange(b, device=z1.device)  # where this device's images lie in 0..n-1
-        itself, positive = torch.cat([own, own + n]), torch.cat([own + n, own])
-        logits = (similarity / temperature).scatter(1, itself[:, None], float("-inf"))
-        return F.cross_entropy(logits, positive)
+        if form == "matrix":
+            return _nt_xent_matrix(z1, z2, temperature)
+        return nt_xent_of_rows(
+            torch.cat([z1, z2]), temperature, ring=form == "ring", kernels=kernels, bf16_matmul=bf16_matmul
+        )
 
 
-def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, centre: bool = True) -> Tensor:
+def choose_nt_xent(
+    per_device_batch_size: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bf16_matmul: bool = False,
+) -> Choice:
+    """Return how :func:`nt_xent` computes b pairs of width d on each device when it may choose, with the reason."""
+    size = distributed.world_size()
+    rows, columns = 2 * per_device_batch_size, 2 * per_device_batch_size * size
+    kernels: Kernels = "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
+    if device.type == "cuda" and rows * columns <= _MATRIX_UP_TO and not bf16_matmul:
+        return Choice("matrix", kernels, f"{rows} x {columns} similarities are few")
+    if size > 1 and columns * width * 4 > _GATHER_UP_TO_BYTES:
+        return Choice("ring", kernels, f"{columns} projections of width {width} take more than 1 GiB on each device")
+    where = "one device: half the matrix, which is symmetric" if size == 1 else "all projections on each device"
+    return Choice("tiled", kernels, where)
+
+
+def _nt_xent_matrix(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    all_z1, all_z2 = distributed.gather_with_grad(torch.stack([z1, z2], dim=1)).unbind(dim=1)
+    b, n = len(z1), len(all_z1)
+    similarity = torch.cat([z1, z2]) @ torch.cat([all_z1, all_z2]).T  # (2b, 2n)
+    own = distributed.rank() * b + torch.arange(b, device=z1.device)  # where this device's images lie in 0..n-1
+    itself, positive = torch.cat([own, own + n]), torch.cat([own + n, own])
+    logits = (similarity / temperature).scatter(1, itself[:, None], float("-inf"))
+    return F.cross_entropy(logits, positive)
+
+
+def barlow_twins(
+    z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, centre: bool = True, form: BarlowForm = "auto"
+) -> Tensor:
     """Barlow Twins loss of the cross-correlation over the projections of all devices.
 
     C is the (d, d) cross-correlation of the two views over the n images of the global batch; the loss is
@@ -78,6 +160,9 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
         centre: Subtract each feature's mean over the global batch first, as the paper says ("mean-centered along
             the batch dimension") and as its code does by batch normalisation. ``False`` leaves it out and so gives
             equation 1 as printed, where the features are divided by their l2 norm over the batch only.
+        form: "sums" adds up the devices' (d, d) sums of products: communication does not depend on n. "gather"
+            gathers the projections, 2 n d numbers, and computes the whole loss on each device. "auto":
+            :func:`choose_barlow_twins`. In both the backward pass communicates one number.
 
     Returns:
         Scalar, between 0 and d + off_diagonal_weight * d * (d - 1) for centred features: 0 when C is the identity.
@@ -89,10 +174,10 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
             finite, or ranks hold different b.
 
     Note:
-        Collective call: every rank must make it. Mean and norm are those of the global batch, so the loss does
-        not depend on how the batch is spread over devices. Computed in float32 at least, also inside autocast.
-        A feature that is constant over the batch has no correlation: its row and column of C are 0 and it gets no
-        gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.)
+        Collective call: every rank must make it, and the backward pass. Mean and norm are those of the global batch,
+        so the loss does not depend on how the batch is spread over devices. Computed in float32 at least, also inside
+        autocast. A feature that is constant over the batch has no correlation: its row and column of C are 0 and it
+        gets no gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.)
 
     Source:
         Zbontar et al. 2021, arXiv:2103.03230, equations 1 and 2. The authors' distributed code sums C outside
@@ -101,21 +186,70 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
     _check_pair(z1, z2)
     if not 0 <= off_diagonal_weight < float("inf"):
         raise ValueError(f"off_diagonal_weight must be finite and >= 0, got {off_diagonal_weight}")
+    _check_word("form", form, BarlowForm)
+    distributed.require_equal_rows(z1)
+    n = len(z1) * distributed.world_size()
+    if n < 2:
+        raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
+    if form == "auto":
+        form = choose_barlow_twins(len(z1), z1.shape[1]).form  # type: ignore[assignment]
     with torch.autocast(z1.device.type, enabled=False):
-        all_z1, all_z2 = _gather_pair(_at_least_float32(z1), _at_least_float32(z2))
-        if len(all_z1) < 2:
-            raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
-        correlation = _unit_columns(all_z1, centre).T @ _unit_columns(all_z2, centre)  # (d, d)
+        z = torch.stack([_at_least_float32(z1), _at_least_float32(z2)], dim=1)  # (b, 2, d)
+        if form == "gather":
+            z = distributed.replicated_gather(z)
+        correlation = _cross_correlation(z, n, centre, is_whole=form == "gather")
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
         redundancy = (correlation - torch.diag(diagonal)).square().sum()
-        return invariance + off_diagonal_weight * redundancy
+        return distributed.shared_gradient(invariance + off_diagonal_weight * redundancy)
 
 
-def _gather_pair(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the projections (n, d) of all devices, from one collective call for both views."""
-    all_z1, all_z2 = gather_with_grad(torch.stack([z1, z2], dim=1)).unbind(dim=1)
-    return all_z1, all_z2
+def choose_barlow_twins(per_device_batch_size: int, width: int) -> Choice:
+    """Return how :func:`barlow_twins` computes b pairs of width d on each device when it may choose, with the reason.
+
+    The cheaper by the count of transfers (2 n d to gather, 2 d^2 to add up) and of operations (6 d^2 for each pair:
+    n pairs on each device, or b).
+    """
+    size = distributed.world_size()
+    n = per_device_batch_size * size
+    if size == 1:
+        return Choice("sums", "torch", "one device")
+    gather = 2 * n * width + 6 * n * width**2 / _FLOP_PER_TRANSFER
+    sums = 2 * width**2 + 6 * per_device_batch_size * width**2 / _FLOP_PER_TRANSFER
+    if gather < sums:
+        return Choice("gather", "torch", f"{n} projections are fewer numbers than a {width} x {width} matrix")
+    return Choice("sums", "torch", f"a {width} x {width} matrix costs less than {n} projections on each device")
+
+
+def _cross_correlation(z: Tensor, n: int, centre: bool, is_whole: bool) -> Tensor:
+    """Return C, (d, d), of projections (b, 2, d); of all ranks together unless they are the whole batch already.
+
+    Every rank has the same result, to be differentiated through :func:`simclr.distributed.shared_gradient`.
+    """
+    total = (lambda values: values) if is_whole else distributed.replicated_sum
+    with torch.no_grad():
+        # C changes neither if a constant is subtracted from a (centred) feature nor if a feature is multiplied by one.
+        # So means and sizes need no gradient, though they depend on all projections: through them it would be 0.
+        # The mean in float64, since one far from 0 leaves little of float32's digits.
+        lengths = torch.linalg.vector_norm(z, dim=0).double()
+        sums = total(torch.stack([z.sum(dim=0, dtype=torch.float64), lengths.square()]))
+        mean, size = sums[0] / n, sums[1].sqrt()
+        mean = mean if centre else torch.zeros_like(mean)
+        mean, size = mean.to(z.dtype), size.to(z.dtype)
+        size = size.masked_fill(~size.isfinite(), torch.nan)  # not to be taken for a constant feature's below
+    y1, y2 = ((z - mean) / size.masked_fill(size == 0, torch.inf)).unbind(dim=1)
+    d = z.shape[2]
+    products = total(torch.cat([y1.T @ y2, y1.square().sum(dim=0)[None], y2.square().sum(dim=0)[None]]))
+    squares = products[d:]  # of the features' lengths over the batch, at most 1
+    # What centring leaves of a constant feature is rounding error. Dividing by its length would amplify it to 1.
+    is_constant = squares.detach() <= (8 * torch.finfo(z.dtype).eps) ** 2
+    inverse = squares.masked_fill(is_constant, torch.inf).rsqrt()  # of infinity: 0, and no gradient
+    return products[:d] * inverse[0, :, None] * inverse[1]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _unit_rows(z: Tensor) -> Tensor:
@@ -124,19 +258,13 @@ def _unit_rows(z: Tensor) -> Tensor:
     return z / norm.masked_fill(norm == 0, torch.inf)  # by infinity: 0, and no gradient
 
 
-def _unit_columns(z: Tensor, centre: bool) -> Tensor:
-    """Scale each feature of (n, d) projections to unit l2 norm over the batch; constant features become 0."""
-    norm_before = torch.linalg.vector_norm(z.detach(), dim=0)
-    if centre:
-        z = z - z.mean(dim=0)
-    norm: Tensor = torch.linalg.vector_norm(z, dim=0)
-    # What centring leaves of a constant feature is rounding error. Dividing by its norm would amplify it to 1.
-    is_constant = norm.detach() <= 8 * torch.finfo(z.dtype).eps * norm_before
-    return z / norm.masked_fill(is_constant, torch.inf)  # by infinity: 0, and no gradient
-
-
 def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
+
+
+def _check_word(name: str, word: str, known: object) -> None:
+    if word not in get_args(known):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
 
 
 def _check_pair(z1: Tensor, z2: Tensor) -> None:

@@ -31,8 +31,9 @@ def explained(device: torch.device, per_device_batch_size: int, world_size: int)
         if not _is_out_of_memory(error):
             raise
         fits = _estimate(device, static, per_device_batch_size)
+        where = device if device.type == "cuda" else device.type
         raise OutOfMemoryError(
-            f"out of memory on {device} with per_device_batch_size {per_device_batch_size}"
+            f"out of memory on {where} with per_device_batch_size {per_device_batch_size}"
             f"{f'; about {fits} source images would fit' if fits else ''}. Lower --micro-batch-size, which leaves the "
             f"result as it is, or --global-batch-size (now {per_device_batch_size * world_size}), or use more devices. "
             f"{error}"

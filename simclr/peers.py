@@ -132,10 +132,11 @@ class Peers:
     def describe_loss(self) -> str:
         """Say which ranks are missing, after a moment in which those that live report once more."""
         before = self._heard()
-        time.sleep(2.2 * _REPORT_SECONDS)
+        if before:
+            time.sleep(2.2 * _REPORT_SECONDS)
         after = self._heard()
         if not after:
-            return "the host of the ranks' common store, rank 0 or the launcher, is gone"
+            return "the host of the ranks' common store, rank 0 or the launcher, is gone or stands still"
         missing, others = [], []
         for number in range(world_size()):
             heard = after.get(number)
@@ -204,16 +205,30 @@ class Peers:
         os._exit(EXIT_STOOD_STILL)
 
     def _report(self) -> None:
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # its host is gone; the next collective fails for that
-                self._store.set(f"peers/{rank()}", json.dumps(vars(self._now)))
+        self._use_store(lambda store: store.set(f"peers/{rank()}", json.dumps(vars(self._now))))
 
     def _heard(self) -> dict[int, _Heard]:
         heard: dict[int, _Heard] = {}
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                for number in range(world_size()):
-                    if self._store.check([f"peers/{number}"]):
-                        told: dict[str, Any] = json.loads(self._store.get(f"peers/{number}"))
-                        heard[number] = _Heard(**told)
-        return heard
+
+        def read(store: Any) -> None:
+            for number in range(world_size()):
+                if store.check([f"peers/{number}"]):
+                    heard[number] = _Heard(**json.loads(store.get(f"peers/{number}")))
+
+        self._use_store(read)
+        return dict(heard)
+
+    def _use_store(self, use: Callable[[Any], object]) -> None:
+        """Use the store in a thread that is given up after a second: calls wait for ever where its host is stopped."""
+        if self._store is None:
+            return
+
+        def used() -> None:
+            with contextlib.suppress(RuntimeError):  # its host is gone; the next collective fails for that
+                use(self._store)
+
+        thread = threading.Thread(target=used, name="store", daemon=True)
+        thread.start()
+        thread.join(1.0)
+        if thread.is_alive():
+            self._store = None

@@ -123,7 +123,11 @@ _DEMO = dataclasses.replace(
 )
 
 _PRESETS = (
-    Preset("own, to show the whole path in minutes on built-in images", "validation kNN 77 %, one seed", _DEMO),
+    Preset(
+        "own, to show the whole path in minutes on built-in images",
+        "test set, one seed: kNN 74.6 %, linear 69.5 % (raw pixels 31.1 and 13.7)",
+        _DEMO,
+    ),
     Preset(
         _CPU_SOURCE,
         "CIFAR-10 (JPEG q75), test set, three seeds: kNN 53.1 to 54.8 %, linear 53.9 to 55.0 %",
@@ -131,7 +135,7 @@ _PRESETS = (
     ),
     Preset(
         _CPU_SOURCE,
-        "CIFAR-10 (JPEG q75), test set, two seeds: kNN 50.9 and 51.1 %, linear 52.2 and 52.5 %",
+        "CIFAR-10 (JPEG q75), test set, three seeds: kNN 50.9 to 51.1 %, linear 52.2 to 52.5 %",
         dataclasses.replace(_CPU_BARLOW, name="cpu-barlow"),
     ),
     Preset(

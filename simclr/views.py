@@ -74,6 +74,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 CROP_ATTEMPTS = 10
+_RADIUS: dict[Interpolation, int] = {"bilinear": 1, "bicubic": 2}  # of the filter, in pixels
 
 
 class Slot(IntEnum):
@@ -357,8 +358,8 @@ def apply_view(
     Raises:
         ValueError: If shapes, dtype or lengths do not fit, or a crop leaves the image.
     """
-    _require_images(image)
-    _require_fitting(parameters, image)
+    require_images(image)
+    require_fitting(parameters, image)
     if not _is_integer(size) or size < 1:
         raise ValueError(f"size must be an integer >= 1, got {size!r}")
 
@@ -403,7 +404,7 @@ def two_views(
     Raises:
         ValueError: As ``sample_parameters`` and ``apply_view``.
     """
-    _require_images(image)
+    require_images(image)
     height, width = image.shape[1:3]
     view_1, view_2 = (
         apply_view(
@@ -434,7 +435,7 @@ def plain_view(image: Tensor, *, mean: Sequence[float], std: Sequence[float]) ->
     Raises:
         ValueError: If ``image`` is not uint8 (b, H, W, 3), or ``mean`` or ``std`` do not fit.
     """
-    _require_images(image)
+    require_images(image)
     return _normalise(image.permute(3, 0, 1, 2).float().div_(255), mean, std)
 
 
@@ -490,27 +491,30 @@ def _sample_crops(
     spec: ViewSpec, keys: NDArray[np.uint64], height: int, width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Top, left, height and width of each crop: the first of ten attempts that fits, else a central crop."""
-    slots = range(Slot.CROP, Slot.CROP + 4 * CROP_ATTEMPTS)
-    u = uniforms(keys, slots).reshape(len(keys), CROP_ATTEMPTS, 4)
-    area = height * width * _between(*spec.crop_scale, u[:, :, 0])
-    ratio = np.exp(_between(math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1]), u[:, :, 1]))
-    widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)  # (b, attempts)
-
-    rows, attempt = np.arange(len(keys)), fits.argmax(axis=1)
-    crop_height, crop_width = heights[rows, attempt], widths[rows, attempt]
-    top = (u[rows, attempt, 2] * (height - crop_height + 1)).astype(np.int64)
-    left = (u[rows, attempt, 3] * (width - crop_width + 1)).astype(np.int64)
+    crops = np.zeros((4, len(keys)), np.int64)
+    low, high = math.log(spec.crop_ratio[0]), math.log(spec.crop_ratio[1])
+    waiting = np.arange(len(keys))  # images without a crop yet
+    for slot in range(Slot.CROP, Slot.CROP + 4 * CROP_ATTEMPTS, 4):
+        u = uniforms(keys[waiting], range(slot, slot + 4)).T
+        area, ratio = height * width * _between(*spec.crop_scale, u[0]), np.exp(_between(low, high, u[1]))
+        widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+        heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+        top = (u[2] * (height - heights + 1)).astype(np.int64)
+        left = (u[3] * (width - widths + 1)).astype(np.int64)
+        crops[:, waiting[fits]] = np.stack([top, left, heights, widths])[:, fits]
+        waiting = waiting[~fits]
+        if not waiting.size:
+            break
 
     central_height, central_width = height, width
     if width / height < spec.crop_ratio[0]:
         central_height = max(1, round(width / spec.crop_ratio[0]))
     elif width / height > spec.crop_ratio[1]:
         central_width = max(1, round(height * spec.crop_ratio[1]))
-    none_fits = ~fits.any(axis=1)
-    crop_height[none_fits], crop_width[none_fits] = central_height, central_width
-    top[none_fits], left[none_fits] = (height - central_height) // 2, (width - central_width) // 2
+    central = ((height - central_height) // 2, (width - central_width) // 2, central_height, central_width)
+    crops[:, waiting] = np.array(central)[:, None]
+    top, left, crop_height, crop_width = crops
     return top, left, crop_height, crop_width
 
 
@@ -564,44 +568,35 @@ def _filter_both(images: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Ten
     return images.permute(2, 0, 3, 1).contiguous()
 
 
-def _resize_taps(
-    start: NDArray[np.int64],
-    length: NDArray[np.int64],
-    mirrored: NDArray[np.bool_],
-    *,
-    size: int,
-    radius: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Taps and weights that resize pixels [start, start + length) of one axis to ``size`` pixels.
+def resize_filters(
+    length: NDArray[np.int64], mirrored: NDArray[np.bool_], *, size: int, interpolation: Interpolation
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Taps and weights that resize an axis of ``length`` pixels to ``size`` pixels, for each of n lengths.
 
-    The filter is as wide as a source pixel when enlarging and as a view pixel when shrinking (antialiasing);
-    taps outside of the crop are left out and the others normalised, as torchvision and Pillow do. Many crops have
-    the same length, so that the weights are computed once for each length and looked up for each image.
+    The filter is as wide as a source pixel when enlarging and as a view pixel when shrinking (antialiasing); taps
+    outside of the axis are left out and the others normalised, as torchvision and Pillow do.
 
     Args:
-        start: First pixel of each crop, (n,).
-        length: Pixels of each crop, (n,).
+        length: Source pixels, (n,), >= 1.
         mirrored: Whether to reverse the result, (n,).
         size: S.
-        radius: 1 for the triangle (bilinear), 2 for Keys' cubic with a = -1/2 (bicubic).
-        device: Where to put them.
+        interpolation: bilinear, a triangle; bicubic, Keys' cubic with a = -1/2.
 
     Returns:
-        Taps, int64, and weights, float32, both (n, S, K).
+        Taps, int64, in [0, length), and weights, computed in float64 and rounded to float32, both (n, S, K). K is
+        the largest number of taps among the lengths; weights beyond a length's own number are 0.
     """
-    kinds, kind = np.unique(2 * length + mirrored, return_inverse=True)
-    lengths, is_mirrored = (kinds // 2)[:, None, None].astype(np.float64), (kinds % 2 == 1)[:, None, None]
+    lengths, is_mirrored = length[:, None, None].astype(np.float64), mirrored[:, None, None]
+    radius = _RADIUS[interpolation]
     pixel = np.arange(size)[:, None]
     pixel = np.where(is_mirrored, size - 1 - pixel, pixel)
     scale = lengths / size
     stretch = np.maximum(scale, 1)
     centre = (pixel + 0.5) * scale
     # The taps start at the first source pixel whose centre is inside the filter, and end with the last one.
-    num_taps = math.ceil(2 * radius * stretch.max(initial=1))
-    tap = np.floor(centre - radius * stretch + 0.5) + np.arange(num_taps)
+    tap = np.floor(centre - radius * stretch + 0.5) + np.arange(num_taps(length, size, interpolation).max(initial=1))
     distance = np.abs(tap + 0.5 - centre) / stretch
-    if radius == 1:
+    if interpolation == "bilinear":
         weight = np.maximum(1 - distance, 0)
     else:
         near = (1.5 * distance - 2.5) * distance * distance + 1
@@ -609,18 +604,43 @@ def _resize_taps(
         weight = np.where(distance < 1, near, far) * (distance < 2)
     weight *= (tap >= 0) & (tap < lengths)
     weight /= weight.sum(axis=2, keepdims=True)
-    tap = tap.clip(0, lengths - 1)
+    return tap.clip(0, lengths - 1).astype(np.int64), weight.astype(np.float32)
+
+
+def num_taps(length: NDArray[np.int64], size: int, interpolation: Interpolation) -> NDArray[np.int64]:
+    """How many source pixels the filter of each length spans at most."""
+    taps: NDArray[np.int64] = np.ceil(2 * _RADIUS[interpolation] * np.maximum(length / size, 1)).astype(np.int64)
+    return taps
+
+
+def _resize_taps(
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    mirrored: NDArray[np.bool_],
+    *,
+    size: int,
+    interpolation: Interpolation,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Taps and weights that resize pixels [start, start + length) of one axis to ``size`` pixels.
+
+    Many crops have the same length, so that the weights are computed once for each length and looked up for each
+    image.
+
+    Returns:
+        Taps, int64, and weights, float32, both (n, S, K), on ``device``.
+    """
+    kinds, kind = np.unique(2 * length + mirrored, return_inverse=True)
+    tap, weight = resize_filters(kinds // 2, kinds % 2 == 1, size=size, interpolation=interpolation)
     index = _to_device(kind, device)
-    taps = _to_device(tap.astype(np.int64), device).index_select(0, index)
+    taps = _to_device(tap, device).index_select(0, index)
     taps += _to_device(start, device).view(-1, 1, 1)
-    return taps, _float32(weight, device).index_select(0, index)
+    return taps, _to_device(weight, device).index_select(0, index)
 
 
 def _crop_resize_flip(image: Tensor, p: ViewParameters, size: int, interpolation: Interpolation) -> Tensor:
     """Pixels in [0, 1] of the resized and possibly mirrored crops, (3, b, S, S)."""
-    taps = functools.partial(
-        _resize_taps, size=size, radius=1 if interpolation == "bilinear" else 2, device=image.device
-    )
+    taps = functools.partial(_resize_taps, size=size, interpolation=interpolation, device=image.device)
     rows = taps(p.crop_top, p.crop_height, np.zeros_like(p.flip))
     columns = taps(p.crop_left, p.crop_width, p.flip)
     return _filter_both(image.to(torch.float32, memory_format=torch.contiguous_format), rows, columns).div_(255)
@@ -704,12 +724,8 @@ def _blur(planes: Tensor, p: ViewParameters, spec: ViewSpec) -> None:
         return
     size = planes.shape[-1]
     kernel = blur_kernel_size(spec, size)
+    require_blur_fits(kernel, size)
     reach = kernel // 2
-    if reach >= size:
-        raise ValueError(
-            f"blur_kernel {kernel} is too wide to reflect the border of a {size} px view; "
-            f"it must be at most {2 * size - 1}"
-        )
     members = np.flatnonzero(p.blur)
     offset = np.arange(-reach, reach + 1)
     weight = np.exp(-0.5 * (offset / p.blur_sigma[members, None]) ** 2)
@@ -736,10 +752,7 @@ def _solarise(planes: Tensor, p: ViewParameters, threshold: float) -> None:
 
 def _normalise(planes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(planes - mean) / std of (3, b, H, W) as channels_last (b, 3, H, W); overwrites ``planes``."""
-    if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
-        raise ValueError(f"mean must be 3 finite numbers, one per channel, got {mean!r}")
-    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
-        raise ValueError(f"std must be 3 finite numbers > 0, one per channel, got {std!r}")
+    require_normalisation(mean, std)
     for plane, centre, scale in zip(planes, mean, std, strict=True):
         plane.sub_(centre).div_(scale)
     return planes.permute(1, 2, 3, 0).contiguous().permute(0, 3, 1, 2)
@@ -771,12 +784,31 @@ def _range(name: str, value: object, high: float) -> tuple[float, float]:
     raise ValueError(f"{name} must be (low, high) with 0 < low <= high{bound}, got {value!r}")
 
 
-def _require_images(image: Tensor) -> None:
+def require_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ValueError unless both hold one finite number per channel, the deviations > 0."""
+    if len(mean) != 3 or not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"mean must be 3 finite numbers, one per channel, got {mean!r}")
+    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
+        raise ValueError(f"std must be 3 finite numbers > 0, one per channel, got {std!r}")
+
+
+def require_blur_fits(kernel: int, size: int) -> None:
+    """Raise ValueError if a blur of ``kernel`` pixels cannot reflect the border of a view of side ``size``."""
+    if kernel // 2 >= size:
+        raise ValueError(
+            f"blur_kernel {kernel} is too wide to reflect the border of a {size} px view; "
+            f"it must be at most {2 * size - 1}"
+        )
+
+
+def require_images(image: Tensor) -> None:
+    """Raise ValueError unless ``image`` is uint8 (b, H, W, 3)."""
     if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[3] != 3 or 0 in image.shape[1:3]:
         raise ValueError(f"image must be uint8 of shape (b, H, W, 3), got {image.dtype} of shape {tuple(image.shape)}")
 
 
-def _require_fitting(p: ViewParameters, image: Tensor) -> None:
+def require_fitting(p: ViewParameters, image: Tensor) -> None:
+    """Raise ValueError unless the parameters are those of b images of this size."""
     b, height, width = image.shape[:3]
     for field in fields(p):
         if len(getattr(p, field.name)) != b:

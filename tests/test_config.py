@@ -60,6 +60,12 @@ def test_derived_numbers() -> None:
         ({"global_batch_size": 510}, 50_000, 4, "510 is not divisible by the 4 processes; .* 508 or 512"),
         ({"global_batch_size": 2}, 50_000, 4, "use --global-batch-size 4"),
         ({"global_batch_size": 512}, 500, 2, "has 500 images, which do not fill one batch of 512; .* 500"),
+        (
+            {"micro_batch_size": 64, "global_batch_norm": False},
+            50_000,
+            2,
+            "micro_batch_size 64 .* leave one of the two",
+        ),
         ({"num_validation": 5000}, 5000, 1, "leaves none of the 5000 images .* use --num-validation 500"),
     ],
 )
@@ -77,6 +83,7 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"seed": -1}, "seed is -1"),
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
+        (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
         (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
         (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
         (TrainConfig, {"optimizer": OptimizerConfig(momentum=1)}, "momentum is 1"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +25,9 @@ from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr import checkpoint, memory, peers, runlog
 from simclr.config import OptimizerConfig, TrainConfig
+from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
+from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, SIGNALS
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
@@ -60,6 +66,11 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "loader": "memory",
     }
     return TrainConfig(**{**defaults, **changes})
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Break something in this process, a rank's."""
+    setattr(owner, name, value)
 
 
 def finish(config: TrainConfig, world_size: int, logs: Path) -> None:
@@ -130,7 +141,7 @@ def slow_disk(rank: int) -> None:
         time.sleep(0.03)
         fsync(descriptor)
 
-    os.fsync = slow
+    replace(os, "fsync", slow)
 
 
 @pytest.mark.distributed
@@ -181,3 +192,319 @@ def test_a_run_killed_anywhere_and_started_again_gives_the_same_weights_and_metr
     print(f"{kills} kills of {world_size} rank(s), {inside_a_save} inside a save, at most {max(lost)} steps lost")
     assert inside_a_save >= kills / 5
     assert max(lost) <= 2 * 3  # the interval, and as much again if the save before is still on its way to a slow disk
+
+
+# ------------------------------------------------------------------------------------------ asked to stop
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_status_75(
+    images: Path, tmp_path: Path
+) -> None:
+    whole = settings(images, tmp_path / "whole", epochs=20, knn_every_epochs=0)
+    config = dataclasses.replace(whole, output=tmp_path / "run")
+    finish(whole, 2, tmp_path / "logs")
+    step = 0
+    for number in SIGNALS:
+        for rank in (0, 1):
+            for times in (1, 2):
+                earlier_metrics = metrics_file(config)
+                with ranks(config, 2, tmp_path / "logs") as running:
+                    while metrics_file(config) == earlier_metrics:
+                        assert running.is_alive(), running.output(0)
+                        time.sleep(0.002)
+                    wait_for_step(running, config, step + 1)
+                    for _ in range(times):
+                        running.send(number, rank)
+                    assert running.wait(10) == [EXIT_SAVED, EXIT_SAVED], running.output(0) + running.output(1)
+                    output = running.output(0)
+                found = status(config)
+                assert found["step"] > step
+                step = found["step"]
+                assert step == checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"]
+                assert step == max(line["step"] for line in lines(config))  # no step was taken that is not saved
+                assert found["state"] == "interrupted"
+                assert found["reason"].startswith(
+                    f"{signal.Signals(number).name} on rank {rank}: saved after step {step}"
+                )
+                assert found["reason"] in output
+    finish(config, 2, tmp_path / "logs")
+    assert status(config) == {"state": "finished", "step": 80, "total_steps": 80, "reason": ""}
+    assert is_equal(weights(config), weights(whole))
+    assert lines(config) == lines(whole)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    with ranks(config, 1, tmp_path / "logs", ask_at_once) as running:
+        assert running.wait() == [EXIT_SAVED]
+    assert (status(config)["state"], status(config)["step"]) == ("interrupted", 1)
+
+
+def ask_at_once(rank: int) -> None:
+    """SIGUSR1 while the process is still starting."""
+    start = train_simclr.start_devices
+
+    def asked(config: TrainConfig) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return start(config)
+
+    replace(train_simclr, "start_devices", asked)
+
+
+# ------------------------------------------------------------------------------------------ lost and standing still
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("victim", "name"),
+    [(1, "rank 1 is dead or stopped: last heard of at step"), (0, "host of the ranks' common store, rank 0")],
+)
+def test_a_killed_rank_is_noticed_and_named_within_5_seconds(
+    images: Path, tmp_path: Path, victim: int, name: str
+) -> None:
+    config = settings(images, tmp_path / "run", epochs=1000, knn_every_epochs=0)
+    with ranks(config, 2, tmp_path / "logs") as running:
+        wait_for_step(running, config, 20)
+        time.sleep(1.5)  # so that each has told of itself
+        running.send(signal.SIGKILL, victim)
+        started = time.monotonic()
+        assert running.wait(5, (1 - victim,)) == [1], running.output(1 - victim)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        assert name in running.output(1 - victim)
+    if victim == 1:
+        assert status(config)["state"] == "failed"
+        assert name in status(config)["reason"]
+    newest = checkpoint.load_newest(config.folder)
+    assert newest is not None
+    assert newest.payload["step"] == status(config)["step"]  # what was under way to the disk has arrived
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_noticed_and_named_within_the_timeout_and_5_seconds(
+    images: Path, tmp_path: Path, victim: int
+) -> None:
+    timeout = 3.0
+    config = settings(images, tmp_path / "run", epochs=1000, knn_every_epochs=0, timeout_seconds=timeout)
+    with ranks(config, 2, tmp_path / "logs") as running:
+        wait_for_step(running, config, 20)
+        time.sleep(1.5)  # so that each has told of itself
+        running.send(signal.SIGSTOP, victim)
+        started = time.monotonic()
+        assert running.wait(timeout + 5, (1 - victim,)) == [1], running.output(1 - victim)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        expected = "rank 1 is dead or stopped" if victim else "rank 0"
+        assert expected in running.output(1 - victim)
+        running.send(signal.SIGCONT, victim)  # it finds itself alone, and ends too
+        assert running.wait(timeout + 10, (victim,)) == [1]
+
+
+def stand_still(rank: int) -> None:
+    """A loader that never yields its sixth batch."""
+    step = train_simclr.train_step
+
+    def stuck(run: Any, *arguments: Any) -> Any:
+        if run.progress.step == 5:
+            time.sleep(1000)
+        return step(run, *arguments)
+
+    replace(train_simclr, "train_step", stuck)
+
+
+def test_a_rank_that_stands_still_is_ended_by_its_watchdog_with_all_stacks(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=2.0)
+    with ranks(config, 1, tmp_path / "logs", stand_still) as running:
+        wait_for_step(running, config, 5)
+        assert running.wait(2 + 5) == [peers.EXIT_STOOD_STILL], running.output(0)
+        output = running.output(0)
+    assert re.search(r"rank 0 has stood still for \d s after step 5, training", output)
+    assert "in stuck" in output  # where
+    assert (status(config)["state"], status(config)["step"]) == ("failed", 4)
+    assert "stood still" in status(config)["reason"]
+    finish(config, 1, tmp_path / "logs")
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_one_that_stands_still(
+    images: Path, tmp_path: Path
+) -> None:
+    config = settings(images, tmp_path / "run", epochs=1000, knn_every_epochs=0, timeout_seconds=0.5, stop_at_step=80)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 20)
+        running.send(signal.SIGSTOP, 0)
+        time.sleep(5)  # longer than timeout and margin
+        running.send(signal.SIGCONT, 0)
+        assert running.wait() == [0], running.output(0)
+
+
+def fail_on_rank_1(rank: int) -> None:
+    """No memory for the sixth step."""
+    if rank != 1:
+        return
+    step = train_simclr.train_step
+
+    def failing(run: Any, *arguments: Any) -> Any:
+        if run.progress.step == 5:
+            torch.empty(1 << 50)
+        return step(run, *arguments)
+
+    replace(train_simclr, "train_step", failing)
+
+
+@pytest.mark.distributed
+def test_a_rank_without_memory_says_what_to_lower_and_the_others_say_why_it_left(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    with ranks(config, 2, tmp_path / "logs", fail_on_rank_1) as running:
+        assert running.wait(20) == [1, 1]
+        said = "out of memory on cpu with per_device_batch_size 12. Lower --micro-batch-size"
+        assert said in running.output(1)
+        assert "Traceback" not in running.output(1)
+        assert f"rank 1 has left at step 5: OutOfMemoryError: {said}" in running.output(0)
+    assert said in status(config)["reason"]
+
+
+def test_other_errors_are_not_taken_for_full_memory() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explained(torch.device("cpu"), 12, 2):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.distributed
+def test_ranks_that_found_different_checkpoints_refuse_to_train(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", stop_at_step=3)
+    finish(config, 2, tmp_path / "logs")
+    with ranks(dataclasses.replace(config, stop_at_step=6), 2, tmp_path / "logs", own_folder) as running:
+        assert running.wait() == [1, 1]
+        assert "ranks 0 to 1 found in" in running.output(0)
+        assert "are of steps [3, 0]: is it on a disk that all of them share?" in running.output(0)
+
+
+def own_folder(rank: int) -> None:
+    """Rank 1 sees no checkpoint, as on a machine with a disk of its own."""
+    if rank == 1:
+        replace(train_simclr, "resume", lambda *arguments: train_simclr.Progress())
+
+
+# ------------------------------------------------------------------------------------------ not finite
+
+
+def spoil(step_spoilt: int, rank_spoilt: int, rank: int) -> None:
+    """The views of one step are not numbers, on one rank."""
+    step, views = train_simclr.train_step, vars(train_simclr)["two_views"]
+    taken = 0
+
+    def counting(run: Any, *arguments: Any) -> Any:
+        nonlocal taken
+        taken = run.progress.step + 1
+        return step(run, *arguments)
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        view_1, view_2 = views(*arguments, **options)
+        return (view_1 * math.nan if (taken, rank) == (step_spoilt, rank_spoilt) else view_1), view_2
+
+    replace(train_simclr, "train_step", counting)
+    replace(train_simclr, "two_views", spoilt)
+
+
+spoil_step_6_on_rank_1 = functools.partial(spoil, 6, 1)
+
+
+def dumped(config: TrainConfig, step: int, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((config.folder / f"nonfinite_step{step:08d}_rank{rank}.json").read_text())
+    return found
+
+
+@pytest.mark.distributed
+def test_nan_on_one_rank_stops_all_before_the_step_with_a_description_each(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", checkpoint_every_steps=1)
+    with ranks(config, 2, tmp_path / "logs", spoil_step_6_on_rank_1) as running:
+        wait_for_step(running, config, 5)
+        assert running.wait(10) == [1, 1]
+        for rank in (0, 1):
+            assert "the gradient is not finite at step 6; this rank's loss is nan. The weights did not take it" in (
+                running.output(rank)
+            )
+    assert (status(config)["state"], status(config)["step"]) == ("failed", 5)
+    order = next(itertools.islice(EpochPlan(np.arange(100), BATCH).batches(1), 1, None))  # of step 6, in epoch 1
+    for rank in (0, 1):
+        found = dumped(config, 6, rank)
+        assert (found["step"], found["epoch"], found["rank"]) == (6, 1, rank)
+        assert found["images"] == order.reshape(2, -1)[rank].tolist()
+        assert "encoder.conv1.weight" in found["not_finite"]
+        assert found["gradient_norms"]["encoder.conv1.weight"] == "nan"
+    finish(config, 2, tmp_path / "logs")  # it was the images' fault, and they are well again
+    assert status(config)["state"] == "finished"
+
+
+def train_here(config: TrainConfig) -> None:
+    try:
+        train_simclr.main(config)
+    finally:
+        forget_accelerate_state()
+
+
+@pytest.mark.parametrize("device_decides", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerConfig(base_learning_rate=2.0),
+        OptimizerConfig(name="adamw", base_learning_rate=0.01),
+        OptimizerConfig(name="lars", base_learning_rate=1.0, gradient_clip_norm=0.5),
+    ],
+    ids=["sgd", "adamw", "lars"],
+)
+@pytest.mark.parametrize("step", [1, 6])
+def test_skip_leaves_out_one_step_and_nothing_else(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    optimizer: OptimizerConfig,
+    device_decides: bool,
+) -> None:
+    """Against a run that does nothing at that step."""
+    changes: dict[str, Any] = {"optimizer": optimizer, "epochs": 2, "num_validation": 0}
+    left_out = settings(images, tmp_path / "left-out", **changes)
+    skipped = settings(images, tmp_path / "skipped", on_nonfinite="skip", log_every_steps=3, **changes)
+    take = train_simclr.train_step
+
+    def leave_out(run: Any, *arguments: Any) -> Any:
+        if run.progress.step + 1 != step:
+            return take(run, *arguments)
+        run.guard._norms.append(0.0)
+        nothing = torch.ones(BATCH, 8, dtype=torch.float64)
+        return nothing.sum(), nothing, nothing
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_simclr, "train_step", leave_out)
+        train_here(left_out)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_simclr, "train_step", train_simclr.train_step)
+        patched.setattr(train_simclr, "two_views", vars(train_simclr)["two_views"])
+        patched.setattr(
+            train_simclr,
+            "make_optimizer",
+            lambda model, config, **_: make_optimizer(model, config, skippable=device_decides),
+        )
+        spoil(step, 0, 0)
+        train_here(skipped)
+    expected = weights(left_out)
+    for name, value in weights(skipped).items():
+        assert torch.allclose(value, expected[name], rtol=1e-12, atol=1e-14), name
+    assert sum(line["skipped_steps"] for line in lines(skipped)) == 1
+    assert dumped(skipped, step, 0)["step"] == step
+
+
+def test_skipping_ends_after_10_in_a_row(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(images, tmp_path / "run", on_nonfinite="skip", num_validation=0)
+    measure = Guard.gradient_norms
+    count = itertools.count(1)
+
+    def spoilt(guard: Guard) -> Tensor:
+        # one, then a finite one, then all
+        return measure(guard) * (math.nan if next(count) not in {2} else 1.0)
+
+    monkeypatch.setattr(Guard, "gradient_norms", spoilt)
+    with pytest.raises(DivergedError, match="not finite at step 12, for the 10th time in a row"):
+        train_here(config)
+    assert [line["skipped_steps"] for line in lines(config)] == [1, 0, *[1] * 9]

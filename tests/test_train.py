@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,58 @@ def test_so_do_other_losses_optimizers_and_networks(images: Path, tmp_path: Path
     assert difference(weights(runs[0]), untrained) > 1e-3
 
 
+@pytest.fixture(scope="module")
+def twenty_steps(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
+    """Runs of 20 steps on one device, whole batches."""
+    folder = tmp_path_factory.mktemp("twenty")
+    runs = {
+        "simclr": settings(images, folder / "simclr", epochs=5),
+        "barlow": settings(images, folder / "barlow", epochs=5, **BARLOW),
+    }
+    for config in runs.values():
+        run(config)
+        assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20
+    return runs
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("method", "world_size", "parts", "form"),
+    [
+        ("simclr", 1, 2, "auto"),
+        ("simclr", 1, 4, "matrix"),
+        ("simclr", 2, 1, "ring"),
+        ("simclr", 2, 4, "tiled"),
+        ("simclr", 4, 2, "ring"),
+        ("barlow", 1, 4, "auto"),
+        ("barlow", 2, 2, "gather"),
+        ("barlow", 4, 1, "sums"),
+    ],
+)
+def test_devices_micro_batches_and_forms_of_the_loss_give_the_same_weights(
+    twenty_steps: dict[str, TrainConfig], tmp_path: Path, method: str, world_size: int, parts: int, form: Any
+) -> None:
+    reference = twenty_steps[method]
+    field = "nt_xent_form" if method == "simclr" else "barlow_twins_form"
+    config = dataclasses.replace(
+        reference,
+        output=tmp_path / "run",
+        world_size=world_size,
+        micro_batch_size=BATCH // world_size // parts if parts > 1 else None,
+        loss=dataclasses.replace(reference.loss, **{field: form}),
+    )
+    run(config, world_size)
+    assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20
+    assert difference(weights(config), weights(reference)) < 1e-9
+
+
+def test_a_run_may_go_on_in_micro_batches(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
+    run(config)
+    run(dataclasses.replace(config, stop_at_step=None, micro_batch_size=7))
+    assert difference(weights(config), weights(one_device)) < 1e-12
+
+
 @pytest.mark.distributed
 def test_batch_norm_per_device_is_another_run(one_device: TrainConfig, tmp_path: Path) -> None:
     # So the tests above would notice.
@@ -182,6 +235,30 @@ def test_ffcv_gives_the_same_weights_bit_for_bit(one_device: TrainConfig, tmp_pa
     run(config)
     assert is_equal(weights(config), weights(one_device))
     assert json.loads((config.folder / "manifest.json").read_text())["loader"].startswith("ffcv")
+
+
+def test_fused_views_give_the_same_run_with_any_loader_and_in_pieces(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    fused: dict[str, Any] = {"precision": "fp32", "views": "fused"}
+    whole, in_pieces, with_ffcv = (settings(images, tmp_path / name, **fused) for name in ("a", "b", "c"))
+    run(whole)
+    assert json.loads((whole.folder / "manifest.json").read_text())["views"].startswith("fused")
+    for stop in (1, 6, None):
+        run(dataclasses.replace(in_pieces, stop_at_step=stop))
+    assert is_equal(weights(in_pieces), weights(whole))
+    pytest.importorskip("ffcv")
+    run(dataclasses.replace(with_ffcv, loader="ffcv"))
+    assert is_equal(weights(with_ffcv), weights(whole))
+
+
+def test_fused_views_and_others_differ_by_rounding(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    ways: tuple[Any, Any] = ("fused", "torch")
+    one, other = (settings(images, tmp_path / way, precision="fp32", views=way, stop_at_step=1) for way in ways)
+    run(one)
+    run(other)
+    assert 0 < difference(weights(one), weights(other)) < 1e-4
+    run(dataclasses.replace(one, views="torch", stop_at_step=2))  # so a run may go on with the others
 
 
 def test_the_seed_decides(one_device: TrainConfig, tmp_path: Path) -> None:
@@ -462,6 +539,54 @@ def test_another_run_in_the_folder_is_neither_continued_nor_touched(one_device: 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_what_is_named_as_allowed_may_change(
+    one_device: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
+    run(config)
+    beton.write(
+        tmp_path / "other.beton", *draw(1, "train", 0, NUM_IMAGES), classes=list(CLASSES), source="other shapes"
+    )
+    changed = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, momentum=0.5, weight_decay=0.0), stop_at_step=6
+    )
+    with pytest.raises(ValueError, match=r"momentum was 0.9 and is 0.5; .*--allow-changed optimizer.momentum optim"):
+        run(changed)
+    with pytest.raises(ValueError, match=r"optimizer.weight_decay was 0.0005 and is 0.0. Give"):
+        run(dataclasses.replace(changed, allow_changed=("optimizer.momentum",)))
+    run(dataclasses.replace(changed, allow_changed=("optimizer", "data"), data=tmp_path / "other.beton"))
+    shown = capsys.readouterr().out
+    assert "changed:    optimizer.momentum was 0.9 and is 0.5 (--allow-changed)" in shown
+    assert "changed:    other images" in shown
+    run(dataclasses.replace(changed, data=tmp_path / "other.beton", stop_at_step=7))  # it is that run now
+    with pytest.raises(ValueError, match="allow_changed is 'optimiser', expected the name of a setting"):
+        dataclasses.replace(config, allow_changed=("optimiser",))
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(one_device: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=3)
+    run(config)
+    (config.folder / checkpoint.LAST).unlink()
+    with pytest.raises(ValueError, match=r"status.json tells of a checkpoint of step 3, but there is none"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    one_device: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(one_device, output=tmp_path / "run")
+    run(dataclasses.replace(config, stop_at_step=2 * STEPS))
+    with (config.folder / checkpoint.LAST).open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    run(config)
+    shown = capsys.readouterr().out
+    assert re.search(r"passed over: \S*checkpoint_last.pt is damaged .*the checksum of its \d+ bytes is wrong", shown)
+    assert f"resuming:   after step {STEPS} of" in shown
+    assert is_equal(weights(config), weights(one_device))
+    assert lines(config) == lines(one_device)
+
+
 def test_copies_that_srun_started_side_by_side_are_noticed(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,12 +616,14 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_shows_every_derived_number(images: Path, tmp_path: Path) -> None:
     options = ["demo", "--data", images, "--output", tmp_path / "run", "--model.encoder", "small_resnet_w4"]
     options += ["--epochs", 2, "--global-batch-size", BATCH, "--num-validation", 30, "--optimizer.warmup-epochs", 1]
-    options += ["--loader", "memory", "--optimizer.base-learning-rate", 0.5]
+    options += ["--micro-batch-size", 10, "--loader", "memory", "--optimizer.base-learning-rate", 0.5]
     done = command(*options)
     assert done.returncode == 0, done.stderr
     for line in (
         "per_device_batch_size = global_batch_size / world_size = 24 / 1 = 24 source images, 48 views",
         "steps_per_epoch = floor(num_images / global_batch_size) = floor(100 / 24) = 4; 4 images sit out",
+        "micro_batches = ceil(per_device_batch_size / micro_batch_size) = ceil(24 / 10) = 3",
+        "loss:       nt_xent: tiled (one device: half the matrix, which is symmetric), torch kernels",
         "total_steps = epochs * steps_per_epoch = 2 * 4 = 8",
         "warmup_steps = warmup_epochs * steps_per_epoch = 1 * 4 = 4",
         "peak_learning_rate = base_learning_rate * global_batch_size / 256 = 0.5 * 24 / 256 = 0.046875",

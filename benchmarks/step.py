@@ -1,0 +1,214 @@
+"""How many images per second a training step takes, by this project's loop and by others, on the same views.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --preset cpu-simclr --batch-size 256 --with-views
+
+The same network, batch, views, optimizer and precision for all; what differs is the loop around them. With
+--with-views, this project's loop makes its views too: beside the step, within it, or by batched torch operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train_simclr
+from benchmarks import common
+from simclr import beton, host
+from simclr.checkpoint import CheckpointWriter
+from simclr.config import TrainConfig, derive
+from simclr.data import EpochPlan, open_images
+from simclr.feed import AHEAD, Ahead, ViewFeed, ViewsChoice
+from simclr.finite import Guard
+from simclr.fused_views import FusedViews
+from simclr.interruption import Signals
+from simclr.models import SimCLR
+from simclr.optim import make_optimizer
+from simclr.peers import Peers
+from simclr.presets import PRESETS
+
+OURS = "train_simclr"
+
+
+def main() -> None:
+    """Measure, print a table and write results/benchmarks/step.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="cifar10-simclr-100")
+    parser.add_argument("--encoder", help="instead of the preset's")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=common.ROOT / "results" / "benchmarks" / "step.json")
+    parser.add_argument("--with-views", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="seconds, with a tiny network; not to be quoted")
+    options = parser.parse_args()
+    config = PRESETS[options.preset].config
+    encoder, batch_size = options.encoder or config.model.encoder, options.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        if options.quick:
+            encoder, batch_size, options.rounds = "small_resnet_w4", 8, 1
+            options.output = Path(folder, "step.json")
+        config = dataclasses.replace(
+            config,
+            data=Path(folder, "noise.beton"),
+            output=Path(folder),
+            global_batch_size=batch_size,
+            model=dataclasses.replace(config.model, encoder=encoder),
+            batch_norm_per_view=False,
+            num_validation=0,
+        )
+        with contextlib.ExitStack() as stack:
+            candidates, ours = prepare(stack, config, with_views=options.with_views)
+            timings = common.interleave(candidates, rounds=options.rounds)
+        print(common.table(timings, images=batch_size, against=ours))
+        common.write_result(
+            options.output,
+            {
+                "what": f"one training step: {encoder}, {batch_size} images, 2 views each",
+                "candidates": common.as_json(timings, images=batch_size),
+            },
+        )
+
+
+def prepare(
+    stack: contextlib.ExitStack, config: TrainConfig, *, with_views: bool
+) -> tuple[dict[str, Callable[[], object]], str]:
+    """Return one step of each loop, and which is this project's."""
+    batch_size = config.global_batch_size
+    pixels = np.random.default_rng(0).integers(0, 256, (64 * batch_size, 32, 32, 3), np.uint8)
+    labels = np.zeros(len(pixels), np.int64)
+    beton.write(config.data, pixels, labels, classes=["noise"], source="noise")
+    source = stack.enter_context(open_images(config.data, backend="memory"))
+
+    accelerator, precision = train_simclr.start_devices(config)
+    print(f"precision of {OURS}: {precision}")
+    torch.manual_seed(0)
+    plain = SimCLR(config.model, 32).to(accelerator.device).to(memory_format=torch.channels_last)
+    model, optimizer = accelerator.prepare(plain, make_optimizer(plain, config.optimizer))
+    dtype = train_simclr.forward_dtype(accelerator, config)
+    host.keep_freed_memory()
+    device = accelerator.device
+
+    def feed_by(choice: ViewsChoice) -> ViewFeed:
+        feed = ViewFeed(source, config.view_1, config.view_2, seed=0, choice=choice, device=device, dtype=dtype)
+        return stack.enter_context(feed)
+
+    feed = feed_by("auto")
+    derived = derive(config, len(pixels), 1)
+    plan = EpochPlan(np.arange(len(pixels)), batch_size)
+    run = train_simclr.Run(
+        config=config,
+        derived=derived,
+        source=source,
+        plan=plan,
+        feed=feed,
+        accelerator=accelerator,
+        model=model,
+        plain_model=plain,
+        units=None,
+        optimizer=optimizer,
+        guard=Guard(plain, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+        progress=train_simclr.Progress(step=1),
+        writer=stack.enter_context(CheckpointWriter(config.folder, keep=1, last_step=None)),
+        peers=stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals())),
+    )
+    views = next(iter(feed.batches(plan)))
+    feed.close()
+    if with_views:
+        torch_views = iter(feed_by("torch").batches(plan))
+        mean, std = source.facts.normalisation
+        threads = torch.get_num_threads()
+        fused = stack.enter_context(
+            FusedViews(config.view_1, config.view_2, size=32, mean=mean, std=std, dtype=dtype, threads=threads)
+        )
+        stored = iter(source.batches(plan))
+        one = stack.enter_context(
+            FusedViews(config.view_1, config.view_2, size=32, mean=mean, std=std, dtype=dtype, threads=1)
+        )
+        beside = Ahead((one(batch.image, batch.index, seed=0, epoch=0) for batch in source.batches(plan)), AHEAD)
+        stack.callback(beside.close)
+
+        def within() -> None:
+            batch = next(stored)
+            train_simclr.train_step(run, fused(batch.image, batch.index, seed=0, epoch=0))
+
+        return {
+            "beside the step": lambda: train_simclr.train_step(run, next(beside)),
+            f"within the step, {threads} threads": within,
+            "batched torch operations within the step": lambda: train_simclr.train_step(run, next(torch_views)),
+            "no views, always the same batch": lambda: train_simclr.train_step(run, views),
+        }, "beside the step"
+    view_1, view_2 = (view.float().contiguous(memory_format=torch.contiguous_format) for view in views.chunk(2))
+
+    def ours() -> None:
+        host.keep_freed_memory()
+        train_simclr.train_step(run, views)
+
+    def ours_giving_back() -> None:
+        give_back_freed_memory()
+        train_simclr.train_step(run, views)
+
+    temperature = config.loss.temperature
+    loops: dict[str, Callable[[], object]] = {
+        OURS: ours,
+        "the same without keeping memory": ours_giving_back,
+        "a plain script": plain_loop(config, view_1, view_2, lambda z1, z2: masked_nt_xent(z1, z2, temperature)),
+    }
+    if importlib.util.find_spec("lightly") is None:
+        print("left out, as it is not installed: lightly")
+    else:
+        from lightly.loss import NTXentLoss
+
+        loops["a plain script with lightly's loss"] = plain_loop(config, view_1, view_2, NTXentLoss(temperature))
+    return loops, OURS
+
+
+def plain_loop(
+    config: TrainConfig, view_1: Tensor, view_2: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], object]:
+    """The loop of most examples, lightly's among them: each view by itself, float32, torch's default layout."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model: nn.Module = SimCLR(config.model, 32).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> None:
+        give_back_freed_memory()
+        value = loss(model(view_1)[1], model(view_2)[1])
+        optimizer.zero_grad()
+        torch.autograd.backward(value)
+        optimizer.step()
+        value.item()  # to print it, as such scripts do
+
+    return step
+
+
+def masked_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """NT-Xent as most scripts write it: the whole similarity matrix, its diagonal masked."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    n = len(z1)
+    return F.cross_entropy(similarity, (torch.arange(2 * n, device=z.device) + n) % (2 * n))
+
+
+def give_back_freed_memory() -> None:
+    """Put glibc's thresholds to where it puts them itself once blocks of 32 MiB have been freed."""
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)
+        mallopt(-1, 64 << 20)
+
+
+if __name__ == "__main__":
+    main()

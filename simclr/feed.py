@@ -1,0 +1,260 @@
+"""Both views of each batch, made in the background where there is something to make them on while a step runs.
+
+One mechanism for every reader of images and every device: a thread reads batches, makes views, and hands them over
+through a short queue. Where the step itself keeps all cores busy, views are made within it. Nothing of a run depends on
+that, on the number of threads or on how far the thread is ahead: views are a function of seed, epoch and image.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from simclr.data import Batch, EpochPlan, ImageSource
+from simclr.views import ViewSpec, two_views
+
+if TYPE_CHECKING:
+    from simclr import fused_views
+
+ViewsChoice = Literal["auto", "fused", "torch"]
+
+AHEAD = 2  # batches that wait, so that one that took long to read is not felt
+_Item = TypeVar("_Item")
+
+
+class ViewFeed:
+    """Makes the views of a run. Close it, or use it as a context manager.
+
+    Args:
+        source: Images.
+        view_1: Settings of the first view.
+        view_2: Settings of the second view.
+        seed: Seed of the run.
+        choice: fused: :mod:`simclr.fused_views`, on the CPU. torch: :mod:`simclr.views`, on ``device``. auto: fused on
+            a CPU that has numba, unless ``dtype`` is float64, else torch. They differ by rounding.
+        device: Where the step runs.
+        dtype: Of the views, as the network takes them.
+
+    Attributes:
+        method: What was chosen.
+        in_background: Whether a thread makes the views of the next batches while a step runs.
+        reason: Why, and how it is done, in one line for the user.
+
+    Raises:
+        ValueError: If fused views were asked for and cannot be made; the message says what to do.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        view_1: ViewSpec,
+        view_2: ViewSpec,
+        *,
+        seed: int,
+        choice: ViewsChoice = "auto",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.source, self.specs, self.seed = source, (view_1, view_2), seed
+        self.device, self.dtype = torch.device(device), dtype
+        self._running: Ahead[Tensor] | None = None
+        self._fused: fused_views.FusedViews | None = None
+        obstacle = _fused_obstacle(self.device, dtype, choice)
+        if choice == "fused" and obstacle is not None:
+            raise ValueError(f"views cannot be fused, since {obstacle}. Or use --views torch")
+        self.method: Literal["fused", "torch"] = "fused" if obstacle is None else "torch"
+        # Beside a step that keeps all cores busy, a thread only gets in its way (measured: decision 0010); and torch's
+        # operations would run on as many threads again.
+        self.in_background = self.device.type == "cuda" or (self.method == "fused" and _spare_cores() > 0)
+        where = f"{AHEAD} batches ahead of the step" if self.in_background else "within the step"
+        how = f"on {self.device.type}"
+        if self.method == "fused":
+            from simclr import fused_views  # needs numba
+
+            mean, std = source.facts.normalisation
+            threads = 1 if self.in_background else torch.get_num_threads()
+            self._fused = fused_views.FusedViews(
+                *self.specs,
+                size=source.facts.height,
+                mean=mean,
+                std=std,
+                dtype=dtype,
+                threads=threads,
+                pin_memory=self.device.type == "cuda",
+            )
+            how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
+        why = "as configured" if obstacle is None or choice == "torch" else f"since {obstacle}"
+        self.reason = f"{where}, {how}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
+
+    def batches(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[Tensor]:
+        """Yield the views of this rank's batches of one epoch. Stopping early is fine; one epoch at a time.
+
+        Args:
+            plan: Which images, in which order.
+            epoch: From 0.
+            start_step: First step, 0 to ``len(plan)``.
+
+        Yields:
+            (2b, 3, S, S), channels_last, on the device: the b first views, then the b second ones.
+
+        Raises:
+            ValueError: At the call, as :meth:`simclr.data.ImageSource.batches`.
+            RuntimeError: While iterating, if the background thread has died. What it raised is raised here.
+        """
+        made = self._views(self.source.batches(plan, epoch=epoch, start_step=start_step), epoch)
+        if not self.in_background:
+            return made
+        self.close()
+        self._running = Ahead(made, AHEAD, _same_stream(self.device))
+        return self._running
+
+    def _views(self, batches: Iterator[Batch], epoch: int) -> Generator[Tensor]:
+        for batch in batches:
+            yield self._make(batch, epoch)
+
+    def _make(self, batch: Batch, epoch: int) -> Tensor:
+        if self._fused is not None:
+            views = self._fused(batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
+            # Pinned memory is not used again before the copy has ended: torch's allocator waits for it.
+            return views.to(self.device, non_blocking=True)
+        mean, std = self.source.facts.normalisation
+        size = self.source.facts.height
+        image = batch.image.to(self.device)
+        pair = two_views(image, batch.index, *self.specs, seed=self.seed, epoch=epoch, size=size, mean=mean, std=std)
+        return torch.cat(pair).to(self.dtype)
+
+    def close(self) -> None:
+        """End the background thread, if one runs. May be called twice; the feed can be used again."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def __enter__(self) -> ViewFeed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        if self._fused is not None:
+            self._fused.close()
+
+
+def _spare_cores() -> int:
+    """Cores that this process may use and the steps of the processes on this machine leave alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores - torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _fused_obstacle(device: torch.device, dtype: torch.dtype, choice: ViewsChoice) -> str | None:
+    """Why fused views are not used, or None."""
+    if choice == "torch":
+        return "torch was asked for"
+    if dtype == torch.float64:
+        return "in float64, which compares runs, the batched operations are used everywhere"
+    if device.type != "cpu" and choice == "auto":
+        return f"{device.type} makes views faster than it is sent them"
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        return f"numba does not import ({error}; to install it: pip install 'simclr[ffcv]')"
+    return None
+
+
+def _same_stream(device: torch.device) -> Callable[[], torch.cuda.StreamContext] | None:
+    """Return a context in which another thread works on this thread's GPU and stream.
+
+    Both are chosen per thread. On the same stream, the views are there before the step that takes them, and their
+    memory is not used again before that step has ended, without any event.
+    """
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.current_stream(device)
+    return lambda: torch.cuda.stream(stream)
+
+
+class Ahead(Generic[_Item]):
+    """Takes items from a generator in a thread of its own, a few ahead of whoever iterates.
+
+    What the generator raises is raised where its item would have come. :meth:`close` ends thread and generator; so
+    does the end of the items.
+
+    Args:
+        items: Is run in the thread, and closed there.
+        depth: Items that may wait, >= 1.
+        context: Makes a context manager in which the thread works.
+    """
+
+    def __init__(
+        self, items: Generator[_Item], depth: int, context: Callable[[], torch.cuda.StreamContext] | None = None
+    ) -> None:
+        self._items, self._context = items, context
+        self._ready: queue.Queue[tuple[_Item] | BaseException | None] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._ended = False  # by what the generator did
+        self._thread = threading.Thread(target=self._run, name="views", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._context is None:
+                self._produce()
+            else:
+                with self._context():
+                    self._produce()
+        except BaseException as error:  # raised again by whoever iterates
+            self._put(error)
+        else:
+            self._put(None)
+
+    def _produce(self) -> None:
+        try:
+            for item in self._items:
+                self._put((item,))
+                if self._stop.is_set():
+                    break
+        finally:
+            self._items.close()
+
+    def _put(self, entry: tuple[_Item] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(entry, timeout=0.1)
+            except queue.Full:
+                pass
+        return None
+
+    def __iter__(self) -> Iterator[_Item]:
+        return self
+
+    def __next__(self) -> _Item:
+        while not self._stop.is_set():
+            was_alive = self._thread.is_alive()  # asked first: what it handed over before it ended is not lost
+            try:
+                entry = self._ready.get(timeout=0.2)
+            except queue.Empty:
+                if was_alive:
+                    continue
+                self._ended = True
+                self.close()
+                raise RuntimeError(
+                    "the background thread that makes views is gone: threads do not survive a fork of the process"
+                ) from None
+            if isinstance(entry, tuple):
+                return entry[0]
+            self._ended = True
+            self.close()
+            if entry is not None:
+                raise entry
+        if not self._ended:  # an epoch must not look shorter than it is
+            raise RuntimeError("the views were closed before their end; ask the feed for batches again")
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread and wait for it. May be called twice."""
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,33 @@
+"""What this process asks of its operating system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed_memory() -> str | None:
+    """Make glibc keep the memory that a training step frees for the next step, instead of giving it back.
+
+    A step on a CPU allocates the same hundreds of megabytes as the step before. Given back in between, each page is
+    fetched and zeroed again: a sixth of the processor time of a step of small_resnet_w32 at batch 256 (0.60 s without,
+    0.50 s with). The process holds about a tenth more memory at its peak. Results are the same bits.
+
+    For programs, not for libraries: it holds for the whole process. Not done where a MALLOC_ variable of the
+    environment or GLIBC_TUNABLES says what is wanted.
+
+    Returns:
+        What was done, for people; None if nothing was, as there is no glibc or the user has decided.
+    """
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return None
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return None
+    if mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1):
+        return "freed memory is kept for the next step"
+    return None

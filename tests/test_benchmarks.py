@@ -1,0 +1,74 @@
+"""The benchmarks still run, and their clock and scales measure what they say. Speed is not asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common
+from tests.helpers import forget_accelerate_state
+
+
+@pytest.fixture(autouse=True)
+def _process_left_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    forget_accelerate_state()
+
+
+@pytest.mark.parametrize("arguments", [["pipeline"], ["step"], ["step", "--with-views"], ["startup"]])
+def test_each_benchmark_runs_and_writes_what_it_measured(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr("sys.argv", [*arguments, "--quick"])
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(common, "write_result", lambda path, values: written.update(values))
+    importlib.import_module(f"benchmarks.{arguments[0]}").main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) - 2 == len(written["candidates"]) > 0
+    json.dumps(written)
+
+
+def test_candidates_take_turns_and_are_not_counted_while_warming_up() -> None:
+    order: list[str] = []
+    timings = common.interleave(
+        {name: lambda name=name: order.append(name) for name in "ab"},  # type: ignore[misc]
+        rounds=2,
+        calls={"b": 2},
+    )
+    assert order == ["b", "b", "a", "a", "b", "b", "b", "b", "a"]
+    assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+
+
+def test_the_clock_tells_seconds_of_one_call() -> None:
+    timings = common.interleave(
+        {"slept": lambda: time.sleep(0.05), "told": lambda: 7.0}, rounds=1, warm_up=0, calls={"slept": 2, "told": 2}
+    )
+    assert 0.05 <= timings["slept"].median < 2
+    assert timings["told"].median == 7.0
+
+
+def allocating(mib_before: int, mib: int) -> Any:
+    kept = np.ones(mib_before << 17)
+    return lambda: np.ones(mib << 17).sum() + kept[0]
+
+
+def test_peak_memory_is_that_of_the_step_alone() -> None:
+    assert 38 < common.peak_memory("tests.test_benchmarks:allocating", 100, 40) < 60
+
+
+def test_a_result_names_what_it_depends_on(tmp_path: Path) -> None:
+    common.write_result(tmp_path / "new" / "result.json", {"found": 1})
+    written = json.loads((tmp_path / "new" / "result.json").read_text())
+    assert written["found"] == 1
+    assert {"commit", "command", "versions", "hardware", "threads"} <= written["environment"].keys()
