@@ -71,9 +71,9 @@ class Job:
         """Run the job until it ends by itself; return its exit status and all output. A killed job is started again."""
         bin_folder = self.folder / "venv" / "bin"
         bin_folder.mkdir(parents=True, exist_ok=True)
-        for name, text in TOOLS.items():
-            (bin_folder / name).write_text("#!/bin/bash\n" + text)
-            (bin_folder / name).chmod(0o755)
+        for tool, text in TOOLS.items():
+            (bin_folder / tool).write_text("#!/bin/bash\n" + text)
+            (bin_folder / tool).chmod(0o755)
         (self.folder / "script").write_text("\n".join(script) + "\n")
         (self.folder / "notes").write_text("")
         env = environment(
