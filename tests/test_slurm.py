@@ -196,7 +196,7 @@ def test_a_task_of_an_array_has_its_own_seed_and_folder(job: Job) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """Two nodes of 4 cores and 2 GPUs each (pretended), and the partitions "low" and "high"."""
+    """Two nodes of 8 cores and 2 GPUs each (pretended), and the partitions "low" and "high"."""
 
     folder: Path
 
@@ -246,6 +246,21 @@ def last_step(folder: Path) -> int:
     if not (folder / runlog.METRICS).exists():
         return 0
     return max((line["step"] for line in runlog.read_metrics(folder)), default=0)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("job", "asked"),
+    [
+        ("pretrain.sbatch", {"signal": "B:USR1@120", "requeue": "requeue", "open-mode": "a"}),
+        ("probe.sbatch", {"requeue": "requeue", "open-mode": "a"}),
+    ],
+)
+def test_what_slurm_reads_in_a_job(slurm: Slurm, job: str, asked: dict[str, str]) -> None:
+    """The time limit itself is waited for by no test: SLURM looks at it every 30 seconds."""
+    read = slurm.call("sh", "-c", 'sbatch --verbose --test-only "$0" 2>&1', JOBS / job)
+    found = dict(re.findall(r"(?m)^sbatch: ([a-z-]+) +: (\S+)$", read))
+    assert asked.items() <= found.items(), read
 
 
 @pytest.mark.slurm

@@ -14,7 +14,8 @@ done
 for name in slurmd.n1 slurmd.n2 slurmctld munge/munged; do
     [ ! -s "$folder/$name.pid" ] || kill -KILL "$(cat "$folder/$name.pid")" 2> /dev/null || true
 done
-# What a daemon that did not answer has left: all of it was started with this SLURM_CONF. Again, for what forks.
+# Processes of jobs that a daemon which did not answer has left. Again, for what forks.
 for _ in 1 2 3; do
-    grep -lzsFx "SLURM_CONF=$folder/slurm.conf" /proc/[0-9]*/environ | cut -d / -f 3 | xargs -r kill -KILL || true
+    grep -lzsFx "SLURM_CONF=$folder/slurm.conf" /proc/[0-9]*/environ | xargs -r grep -lzs '^SLURM_JOB_ID=' |
+        cut -d / -f 3 | xargs -r kill -KILL 2> /dev/null || true
 done

@@ -63,8 +63,8 @@ SlurmctldTimeout=10
 SlurmdTimeout=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node1 CPUs=4 RealMemory=1000 Gres=gpu:2
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node2 CPUs=4 RealMemory=1000 Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node1 CPUs=8 RealMemory=1000 Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$node2 CPUs=8 RealMemory=1000 Gres=gpu:2
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=5
 PartitionName=high Nodes=n1,n2 PriorityTier=10
 END
