@@ -57,7 +57,7 @@ requeue() {
 begin_attempt() {
     local last_step=none last_attempts=0
     [ "$is_submitted" = 1 ] || [ ! -f "$run/attempts" ] || read -r last_step last_attempts < "$run/attempts"
-    is_submitted=0
+    is_first=$is_submitted is_submitted=0
     first_step=$(status step)
     first_step=${first_step:-0}
     attempts=1
@@ -75,11 +75,12 @@ judge_attempt() {
         echo "finished: step $step"
         exit 0
     fi
+    [ "$run/status.json" -nt "$run/attempts" ] || state= # an earlier attempt's
     echo "attempt $attempts from step $first_step ended: state ${state:-unknown}, step ${step:-0}, status $step_status"
     require_running
     if is_preempted; then
         requeue
-    elif [ ! "$run/status.json" -nt "$run/attempts" ]; then
+    elif [ -z "$state" ] && [ "$is_first" = 1 ]; then # later it may be a lost node, and is no wrong option
         fail "training did not begin; the reason is in $run/slurm-$SLURM_JOB_ID-node*.log"
     elif [ "$state" = interrupted ]; then
         requeue

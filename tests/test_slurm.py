@@ -145,9 +145,10 @@ KILL_JOB = "kill -KILL $PPID"  # as SLURM does when a node is lost
         # A job that SLURM itself kills and requeues cannot decide anything, but counts
         ([f"status running 0; {KILL_JOB}"] * 3, [T, T, T], 1, "3 attempts in a row"),
         ([f"status running {step}; {KILL_JOB}" for step in range(1, 6)] + ["status finished 90"], [T] * 6, 0, ""),
-        # What training refuses it would refuse again
+        # What training refuses at first it would refuse again; later a node may be to blame
         (["echo refused; exit 1"], [T], 1, "training did not begin; the reason is in"),
-        (["status interrupted 5", "echo refused; exit 1"], [T, R, T], 1, "training did not begin"),
+        (["status failed 5; exit 1", "exit 1", "status finished 90"], [T, T, R, T], 0, "finished"),
+        (["status interrupted 5", *["exit 1"] * 3], [T, R, T, R, T, R, T], 1, "3 attempts in a row ended at"),
     ],
 )
 def test_what_follows_when_training_ends(
