@@ -93,22 +93,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
-        # The same weights on every rank, from the seed
-        torch.manual_seed(config.seed)
-        plain_model = SimCLR(config.model, size)
-        if config.micro_batch_size is not None:
-            replace_batch_norm(plain_model)
-        elif derived.world_size > 1 and config.global_batch_norm:
-            use_global_batch_norm(plain_model, accelerator.device)
-        plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
-        with warnings.catch_warnings():
-            # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, optimizer = accelerator.prepare(
-                plain_model,
-                make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda"),
-            )
-
+        plain_model, model, optimizer = prepare_model(config, derived, size, accelerator)
         units = None if config.micro_batch_size is None else split_into_units(plain_model, size)
         if config.resume == "must" and not config.folder.exists():
             raise CheckpointError(
@@ -174,6 +159,25 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     for tracker in accelerator.trackers:
         tracker.finish()
     return config.folder
+
+
+def prepare_model(
+    config: TrainConfig, derived: Derived, size: int, accelerator: Accelerator
+) -> tuple[SimCLR, nn.Module, Any]:
+    """Return the model, as it is and as accelerate prepared it, and the optimizer; the same weights on every rank."""
+    torch.manual_seed(config.seed)
+    plain_model = SimCLR(config.model, size)
+    if config.micro_batch_size is not None:
+        replace_batch_norm(plain_model)
+    elif derived.world_size > 1 and config.global_batch_norm:
+        use_global_batch_norm(plain_model, accelerator.device)
+    plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
+    with warnings.catch_warnings():
+        # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(plain_model, optimizer)
+    return plain_model, model, optimizer
 
 
 @dataclasses.dataclass

@@ -80,14 +80,8 @@ class _ReplicatedGather(torch.autograd.Function):
         return gradients[0][rank() * ctx.count : (rank() + 1) * ctx.count]
 
 
-class _ReplicatedSum(torch.autograd.Function):
-    """Sum over ranks; the backward pass hands on a gradient that all ranks share."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        return total
+class _ReplicatedSum(_SumOverRanks):
+    """The same sum; the backward pass hands on a gradient that all ranks share."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -106,9 +106,9 @@ def nt_xent(
     if form == "matrix" and bf16_matmul:
         raise ValueError("bf16_matmul needs form tiled or ring, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = (_unit_rows(_at_least_float32(z)) for z in (z1, z2))
+        z1, z2 = _at_least_float32(z1), _at_least_float32(z2)
         if form == "matrix":
-            return _nt_xent_matrix(z1, z2, temperature)
+            return _nt_xent_matrix(_unit_rows(z1), _unit_rows(z2), temperature)
         return nt_xent_of_rows(
             torch.cat([z1, z2]), temperature, ring=form == "ring", kernels=kernels, bf16_matmul=bf16_matmul
         )

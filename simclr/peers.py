@@ -180,6 +180,7 @@ class Peers:
     # ------------------------------------------------------------------------------------------ in the thread
 
     def _watch(self) -> None:
+        self._report()  # so that a rank that is lost within a second was heard of
         heartbeats, seconds = self._heartbeats, 0.0  # those in which this thread ran: a stopped process may go on
         while not self._closed.wait(_REPORT_SECONDS):
             self._now = _Heard(self._now.number + 1, self._now.step, self._now.doing, self._now.left)

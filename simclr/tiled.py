@@ -13,7 +13,8 @@ ranks, and g_q what the caller multiplies rank q's loss by, the sum of all ranks
                              - 2 g_rank(i) x_positive(i))
 
 with respect to x_i: the second term of the sum is what x_i does as a column of the others. So a rank computes the whole
-gradient of its own rows from the others' rows and their r numbers l_j, and no gradient travels between ranks.
+gradient of its own rows from the others' rows and their r numbers l_j, and no gradient travels between ranks. Before
+x_i = z_i / |z_i|, a gradient g of x_i is (g - x_i (x_i . g)) / |z_i|.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ TILE = {"cpu": 512, "cuda": 4096}
 _DIRECT_UP_TO = {torch.float32: 40.0, torch.float64: 300.0}
 
 
-def nt_xent_of_rows(x: Tensor, temperature: float, *, ring: bool, kernels: Kernels, bf16_matmul: bool) -> Tensor:
+def nt_xent_of_rows(z: Tensor, temperature: float, *, ring: bool, kernels: Kernels, bf16_matmul: bool) -> Tensor:
     """Return the mean NT-Xent loss of this rank's rows against the rows of all ranks, in nats.
 
     Args:
-        x: Rows of unit length, float32 or float64, (r, d), equally many on every rank; row i and row (i + r / 2) % r
-            are a positive pair.
+        z: Projections, float32 or float64, (r, d), equally many on every rank; row i and row (i + r / 2) % r are a
+            positive pair. A row of zeros has similarity 0 to all others, and gradient 0.
         temperature: > 0.
         ring: Whether the other ranks' rows come one rank at a time, W times per pass, instead of all at once. Holds
             2 r d numbers instead of W r d.
@@ -57,34 +58,43 @@ def nt_xent_of_rows(x: Tensor, temperature: float, *, ring: bool, kernels: Kerne
     Note:
         Collective call, forward and backward, if there are several ranks. Differentiable once.
     """
-    loss: Tensor = _NTXent.apply(x, temperature, ring, kernels, bf16_matmul)
+    loss: Tensor = _NTXent.apply(z, temperature, ring, kernels, bf16_matmul)
     return loss
 
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, temperature: float, ring: bool, kernels: Kernels, bf16: bool) -> Tensor:
-        x = x.contiguous()
+    def forward(ctx: Any, z: Tensor, temperature: float, ring: bool, kernels: Kernels, bf16: bool) -> Tensor:
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        length.masked_fill_(length == 0, math.inf)
+        x = z / length
         tiles = _tiles(kernels, 1 / temperature, bf16)
         columns = None if ring else distributed.gather(x)
         lse = x.new_full((len(x),), -math.inf)
         for owner, block in _blocks(x, columns):
             lse = torch.logaddexp(lse, tiles.log_sum_exp(x, block, is_own=owner == distributed.rank()))
         ctx.tiles, ctx.temperature = tiles, temperature
-        ctx.save_for_backward(x, lse, columns, None if ring else distributed.gather(lse))
-        return (lse - (x * _positives(x)).sum(dim=1) / temperature).mean()
+        ctx.save_for_backward(x, length, lse, columns, None if ring else distributed.gather(lse))
+        one, other = x.chunk(2)
+        loss: Tensor = lse.mean() - torch.linalg.vecdot(one, other).mean() / temperature
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        x, lse, columns, columns_lse = ctx.saved_tensors
+        x, length, lse, columns, columns_lse = ctx.saved_tensors
         weights = distributed.gather(gradient.reshape(1).to(x.dtype))  # of each rank's loss
         own = distributed.rank()
-        total = torch.zeros_like(x)
+        total: Tensor | None = None
         for (owner, block), (_, block_lse) in zip(_blocks(x, columns), _blocks(lse, columns_lse), strict=True):
-            total += ctx.tiles.gradient(x, block, lse, block_lse, weights[own], weights[owner], is_own=owner == own)
-        total -= 2 * weights[own] * _positives(x)
-        return total / (len(x) * ctx.temperature), None, None, None, None
+            part = ctx.tiles.gradient(x, block, lse, block_lse, weights[own], weights[owner], is_own=owner == own)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        for part, positive in zip(total.chunk(2), reversed(x.chunk(2)), strict=True):
+            part.addcmul_(positive, weights[own], value=-2)
+        along = torch.linalg.vecdot(x, total)[:, None]  # a longer projection is no other one
+        total.addcmul_(x, along, value=-1).div_(length * (len(x) * ctx.temperature))
+        return total, None, None, None, None
 
 
 def _blocks(own: Tensor, gathered: Tensor | None) -> Iterator[tuple[int, Tensor]]:
@@ -96,10 +106,6 @@ def _blocks(own: Tensor, gathered: Tensor | None) -> Iterator[tuple[int, Tensor]
     for step in range(len(parts)):
         owner = (distributed.rank() - step) % len(parts)
         yield owner, parts[owner]
-
-
-def _positives(x: Tensor) -> Tensor:
-    return x.roll(len(x) // 2, dims=0)
 
 
 def _tiles(kernels: Kernels, scale: float, bf16: bool) -> TorchTiles | TritonTiles:
@@ -173,17 +179,17 @@ class TorchTiles:
 
     def _logits(self, x: Tensor, columns: Tensor, is_own: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (rows, columns, their s_ij) tile by tile; the tensor is valid until the next one is taken."""
-        scaled = x * self._scale
         side = TILE.get(x.device.type, TILE["cuda"])
         buffer: Tensor | None = None
         for top in range(0, len(x), side):
             rows = slice(top, min(top + side, len(x)))
+            scaled = x[rows] * self._scale
             for left in range(top if is_own else 0, len(columns), side):
                 over = slice(left, min(left + side, len(columns)))
                 shape = (rows.stop - rows.start, over.stop - over.start)
                 if buffer is None or buffer.shape != shape:
                     buffer = x.new_empty(shape)
-                self._matmul(scaled[rows], columns[over].T, out=buffer)
+                self._matmul(scaled, columns[over].T, out=buffer)
                 if is_own and over == rows:
                     buffer.fill_diagonal_(-math.inf)
                 yield rows, over, buffer

@@ -1,8 +1,9 @@
 """Fixtures and session rules of the whole suite.
 
 CIFAR10_JPEG_ARCHIVE names a .tar.xz of CIFAR-10 as JPEG files (train/<class>/NNNN.jpg, test/<class>/NNNN.jpg).
-The tests marked real_data use it and are skipped without it. With REQUIRE_REAL_DATA=1 a skipped real_data test is
-a failure, and so is a session in which none passed: continuous integration cannot lose them unnoticed.
+The tests marked real_data use it and are skipped without it. Those marked slurm and hosts need root and packages. With
+REQUIRE_REAL_DATA=1, REQUIRE_SLURM=1 or REQUIRE_HOSTS=1 a skipped test of that mark is a failure, and so is a session in
+which none passed: continuous integration cannot lose them unnoticed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from tests.helpers import shut_down_workers
 CIFAR10_JPEG_SHA256 = "eef3a0c9b9b536d7eff5b956584990fab6b7da4629a91c7470493a7b41940856"
 CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
 
-_passed_real_data = pytest.StashKey[list[str]]()
+REQUIRED_BY = {"real_data": "REQUIRE_REAL_DATA", "slurm": "REQUIRE_SLURM", "hosts": "REQUIRE_HOSTS"}
+"""The variable that forbids to skip the tests of a mark."""
+
+_passed = pytest.StashKey[set[str]]()  # the marks of which a test has passed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,14 +88,10 @@ def _count_images(folder: Path) -> dict[str, int]:
     return {split: sum(1 for _ in folder.glob(f"{split}/*/*.jpg")) for split in CIFAR10_JPEG_COUNTS}
 
 
-def _require_real_data() -> bool:
-    return os.environ.get("REQUIRE_REAL_DATA") == "1"
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # The tests' models are small, and tests run beside their own subprocesses: threads would wait for each other.
     torch.set_num_threads(1)
-    config.stash[_passed_real_data] = []
+    config.stash[_passed] = set()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,26 +99,33 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if item.get_closest_marker("real_data") is None:
-        return report
-    if report.skipped and _require_real_data() and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome = "failed"
-        report.longrepr = f"REQUIRE_REAL_DATA=1, and this test was skipped: {reason}"
-    elif report.passed and report.when == "call":
-        item.config.stash[_passed_real_data].append(item.nodeid)
+    for mark, variable in REQUIRED_BY.items():
+        if item.get_closest_marker(mark) is None:
+            continue
+        if report.skipped and _is_required(mark) and not hasattr(report, "wasxfail"):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            report.outcome = "failed"
+            report.longrepr = f"{variable}=1, and this test was skipped: {reason}"
+        elif report.passed and report.when == "call":
+            item.config.stash[_passed].add(mark)
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _real_data_is_lacking(session.config) and session.exitstatus == pytest.ExitCode.OK:
+    if _lacking(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _real_data_is_lacking(terminalreporter.config):
-        terminalreporter.write_line("REQUIRE_REAL_DATA=1, and no real_data test passed: the session failed", red=True)
+    for mark in _lacking(terminalreporter.config):
+        terminalreporter.write_line(f"{REQUIRED_BY[mark]}=1, and no {mark} test passed: the session failed", red=True)
 
 
-def _real_data_is_lacking(config: pytest.Config) -> bool:
-    return _require_real_data() and not config.option.collectonly and not config.stash[_passed_real_data]
+def _is_required(mark: str) -> bool:
+    return os.environ.get(REQUIRED_BY[mark]) == "1"
+
+
+def _lacking(config: pytest.Config) -> list[str]:
+    if config.option.collectonly:
+        return []
+    return [mark for mark in REQUIRED_BY if _is_required(mark) and mark not in config.stash[_passed]]

@@ -24,7 +24,7 @@ def test_without_images():
 
 def _session(folder: Path, test_file: str, *options: str, **variables: str) -> tuple[int, str]:
     (folder / "test_inner.py").write_text(test_file)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = real_data\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    real_data\n    slurm\n    hosts\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CIFAR10_", "REQUIRE_"))}
     environment |= variables | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", *options]
@@ -58,6 +58,14 @@ def test_required_real_data_cannot_be_deselected(tmp_path: Path) -> None:
     returned, output = _session(tmp_path, test_file, *options, REQUIRE_REAL_DATA="1")
     assert returned == 1, output
     assert "no real_data test passed" in output
+
+
+def test_what_needs_root_is_required_likewise(tmp_path: Path) -> None:
+    test_file = TWO_TESTS.format(fixture="").replace("real_data", "slurm").replace("pass", 'pytest.skip("no root")', 1)
+    returned, output = _session(tmp_path, test_file, REQUIRE_SLURM="1", REQUIRE_HOSTS="1")
+    assert returned == 1, output
+    assert "REQUIRE_SLURM=1, and this test was skipped: Skipped: no root" in output
+    assert "REQUIRE_HOSTS=1, and no hosts test passed" in output
 
 
 @pytest.mark.real_data

@@ -305,10 +305,14 @@ def one_node(tmp_path: Path) -> dict[str, str]:
         while [[ $1 == --* ]]; do shift; done
         SLURM_NODEID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 exec "$@"
         """
-    for name, text in {
-        "srun": srun,
-        "scontrol": "#!/bin/bash\n[ \"$*\" = 'show hostnames here' ] && echo 127.0.0.1\n",
-    }.items():
+    scontrol = """\
+        #!/bin/bash
+        case "$*" in
+            "show hostnames here") echo 127.0.0.1 ;;
+            "show job $SLURM_JOB_ID") echo "JobState=RUNNING PreemptTime=None" ;;
+        esac
+        """
+    for name, text in {"srun": srun, "scontrol": scontrol}.items():
         tool = tools / name
         tool.write_text(re.sub(r"(?m)^ {8}", "", text))
         tool.chmod(0o755)
@@ -342,7 +346,7 @@ def test_pretraining_job(images: Path, one_process: Path, one_node: dict[str, st
     # The job uses torchrun, which does not set this; without a GPU, training must find its way to gloo by itself.
     env = one_node | {"CUDA_VISIBLE_DEVICES": ""}
     del env["ACCELERATE_USE_CPU"]
-    status, output = run("bash", JOBS / "pretrain.sbatch", images, preset, *options, "--output", folder, env=env)
+    status, output = run("bash", JOBS / "pretrain.sbatch", folder, images, preset, *options, env=env)
     assert status == 0, output
     port = 10_000 + int(env["SLURM_JOB_ID"]) % 20_000
     assert f"1 node(s) x 2 processes = 2, meeting at 127.0.0.1:{port}; 1 CPU threads each" in output
@@ -359,27 +363,35 @@ def test_pretraining_job(images: Path, one_process: Path, one_node: dict[str, st
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        ([], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch DATA PRESET"),
-        (["DATA", "--seed", "1"], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch DATA PRESET"),
-        (["nowhere.beton", "demo"], {}, "there is no nowhere.beton; write it first: python -m data_prep --help"),
-        (["DATA", "demo"], {"SLURM_GPUS_ON_NODE": ""}, "no GPUs were granted: sbatch --gpus-per-node=N"),
-        (["DATA", "demo"], {"VENV": "/nowhere"}, "there is no Python in /nowhere: run scripts/setup.sh"),
+        ([], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch RUN DATA PRESET"),
+        (["RUN", "DATA", "--seed"], {}, "usage: sbatch [SBATCH OPTIONS] slurm/pretrain.sbatch RUN DATA PRESET"),
+        (["RUN", "DATA", "demo", "--output", "x"], {}, "the run's folder is the first argument, "),
+        (["RUN", "nowhere.beton", "demo"], {}, "there is no nowhere.beton; write it first: python -m data_prep --help"),
+        (["RUN", "DATA", "demo"], {"SLURM_GPUS_ON_NODE": ""}, "no GPUs were granted: sbatch --gpus-per-node=N"),
+        (["RUN", "DATA", "demo"], {"VENV": "/nowhere"}, "there is no Python in /nowhere: run scripts/setup.sh"),
+        (["RUN", "DATA", "demo"], {"SLURM_ARRAY_TASK_ID": "1"}, "all tasks of the array would write to "),
         (
-            ["DATA", "demo"],
+            ["RUN", "DATA", "demo"],
             {"SLURM_SUBMIT_DIR": "/"},
             "/ holds no train_simclr.py: submit from the folder of the project",
         ),
-        (["DATA", "demo"], {"SLURM_SUBMIT_DIR": ""}, "submit this file with sbatch"),
+        (["RUN", "DATA", "demo"], {"SLURM_SUBMIT_DIR": ""}, "submit this file with sbatch"),
     ],
 )
 def test_pretraining_job_refuses_at_once(
-    images: Path, one_node: dict[str, str], arguments: list[str], variables: dict[str, str], message: str
+    images: Path,
+    one_node: dict[str, str],
+    tmp_path: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    message: str,
 ) -> None:
-    words = [str(images) if word == "DATA" else word for word in arguments]
+    words = [{"RUN": str(tmp_path / "run"), "DATA": str(images)}.get(word, word) for word in arguments]
     status, output = run("bash", JOBS / "pretrain.sbatch", *words, env=one_node | variables)
     assert status != 0
     assert message in output
     assert not Path(one_node["SRUN_CALLS"]).exists()
+    assert not (tmp_path / "run").exists()
 
 
 @needs_bash
@@ -393,6 +405,9 @@ def test_probe_job_hands_its_options_on(one_node: dict[str, str], tmp_path: Path
     env = one_node | {"VENV": str(tmp_path / "venv")}
     status, output = run("bash", JOBS / "probe.sbatch", folder, "--mode", "finetune", env=env)
     assert (status, output) == (0, f"[linear_probe.py][--run][{folder}][--mode][finetune]")
+    (tmp_path / "seed3").mkdir()
+    status, output = run("bash", JOBS / "probe.sbatch", tmp_path / "seed%a", env=env | {"SLURM_ARRAY_TASK_ID": "3"})
+    assert (status, output) == (0, f"[linear_probe.py][--run][{tmp_path}/seed3]")
 
 
 @needs_bash
