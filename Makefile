@@ -1,7 +1,7 @@
 # Short names for the scripts; the scripts and CONTRIBUTING.md say what they do.
 PYTHON_IN_VENV = .venv/bin/python
 
-.PHONY: help setup demo format check test test-distributed smoke clean
+.PHONY: help setup demo format check test test-distributed smoke audit clean
 
 help:
 	@echo "make setup             .venv with everything that development needs, FFCV included"
@@ -11,6 +11,7 @@ help:
 	@echo "make test              check, then all tests"
 	@echo "make test-distributed  the tests with several processes"
 	@echo "make smoke             the tests without the slow and the distributed ones"
+	@echo "make audit             installed packages against known vulnerabilities (needs the network)"
 	@echo "make clean             remove caches and built files; data, results and .venv stay"
 
 setup:
@@ -36,6 +37,14 @@ test-distributed: setup
 
 smoke: setup
 	$(PYTHON_IN_VENV) -m pytest -m "not slow and not distributed"
+
+# In an environment of its own, so that the audit's packages are not audited. --strict: a package that the service does
+# not know is a failure, not a silent pass. Local versions such as 2.14.1+cu130 are looked up without what follows +.
+audit: setup
+	python3 -m venv .cache/audit
+	.cache/audit/bin/python -m pip install --quiet pip-audit
+	$(PYTHON_IN_VENV) -m pip freeze --exclude-editable | sed -nE 's/^([A-Za-z0-9_.-]+==[^+ ]+).*/\1/p' > .cache/audit/packages.txt
+	.cache/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .cache/audit/packages.txt
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from simclr import evaluation, host, report, runlog
 from simclr.beton import Facts
-from simclr.checkpoint import Pretrained, load_pretrained
+from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
@@ -40,6 +40,7 @@ NUM_PICTURED = 8
 LARGEST_PIXEL_FEATURES = 4 << 30  # bytes; beyond this the raw-pixel baseline is left out, and that is said
 
 
+@host.refusals_explained()
 def main(config: ProbeConfig) -> Path:
     """Evaluate a pretrained encoder and write the report.
 
@@ -53,6 +54,7 @@ def main(config: ProbeConfig) -> Path:
         ValueError: If the run, the data and the configuration do not fit together; the message says what to do.
         RuntimeError: If the frozen encoder did not stay as it was.
     """
+    require_safe_loading()
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

@@ -65,6 +65,7 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
+@host.refusals_explained()
 def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """Pretrain.
 
@@ -81,6 +82,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         Interrupted: If a signal asked any rank to stop. All that was done is saved.
         LostPeerError: If another rank has died or stands still.
     """
+    checkpoint.require_safe_loading()
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.convert import ConversionError, Source, Storage, convert
-from simclr import beton
+from simclr import beton, host
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
 _AS_IT_IS = Storage()
@@ -192,13 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sidecar": sidecar,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="python -m data_prep",
-            description="One-time conversion of images to FFCV's .beton.",
-            args=arguments,
-        )
-    except (beton.BetonError, ConversionError) as error:
+        with host.refusals_explained():
+            tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="python -m data_prep",
+                description="One-time conversion of images to FFCV's .beton.",
+                args=arguments,
+            )
+    except (beton.BetonError, ConversionError, host.RefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -40,6 +40,7 @@ BEST = "simclr_best_epoch.pt"
 _MODEL_KEYS = {"schema", "kind", "model", "config", "facts", "step", "epoch", "knn_accuracy", "best_knn_accuracy"}
 _RESUME_KEYS = _MODEL_KEYS | {"optimizer", "scaler", "world_size"}
 _EARLIER = re.compile(r"checkpoint_step(\d+)\.pt")
+_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _DIGEST_BYTES = 64  # of a SHA-256 in hexadecimal
 
 
@@ -97,6 +98,21 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def require_safe_loading() -> None:
+    """Refuse to start where the environment makes torch execute what a checkpoint says.
+
+    :func:`load_safely` asks for weights only, and torch 2.14 heeds it; other libraries' calls take what is set here.
+
+    Raises:
+        CheckpointError: If TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set to true, whatever its spelling.
+    """
+    if os.environ.get(_UNSAFE, "0").lower() not in {"", "0", "false", "n", "no"}:
+        raise CheckpointError(
+            f"{_UNSAFE}={os.environ[_UNSAFE]} makes torch execute code from checkpoints; take it out of the "
+            f"environment: unset {_UNSAFE}"
+        )
 
 
 def load_safely(path: Path) -> dict[str, Any]:

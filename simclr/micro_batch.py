@@ -17,8 +17,8 @@ its inputs, which are kept for the whole batch, until all of its layers have the
                then run from the unit's inputs to the first layer, and back with the gradient that is now known
 
 A unit that begins with its only such layer costs one forward pass more than in a plain step, as one without any does. A
-residual block of two convolutions and two normalisations costs 7 thirds of a plain step. Memory is the units' inputs
-for this rank's batch, and what a backward pass through one unit keeps of one micro-batch.
+residual block of two convolutions and two normalisations costs 7 thirds of a plain step's operations. Memory is the
+units' inputs for this rank's batch, and what a backward pass through one unit keeps of one micro-batch.
 
 Shape letters: R rows (views) of this rank's batch, m rows of a micro-batch, d projection width.
 """

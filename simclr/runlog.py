@@ -11,12 +11,13 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,8 @@ MANIFEST = "manifest.json"
 STATUS = "status.json"
 LOCK = ".lock"
 State = Literal["running", "interrupted", "finished", "failed"]
+_SECRET = re.compile(r"(?:^|[-_.])[a-z0-9]*(?:token|key|password|passwd|secret)s?$", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
 
 
@@ -40,13 +43,33 @@ def environment() -> dict[str, Any]:
     """Return what a result depends on besides its configuration: commit, command, versions, hardware."""
     return {
         "commit": _git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])]),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "hardware": hardware(),
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with *** for the values of options and variables that are named like secrets.
+
+    --api-token VALUE, --api-token=VALUE and API_TOKEN=VALUE; also what stands before @ in an address.
+    """
+    shown: list[str] = []
+    hide_next = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_secret = _SECRET.search(name) is not None
+        if hide_next and not word.startswith("--"):
+            shown.append("***")
+        elif is_secret and equals:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(_IN_ADDRESS.sub("***", word))
+        hide_next = is_secret and not equals and word.startswith("-")
+    return shown
 
 
 def hardware() -> str:

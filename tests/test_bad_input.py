@@ -1,0 +1,371 @@
+"""Files that are damaged, places that may not be used, disks that fill up: a clear error at once, nothing lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torchvision import datasets
+
+import linear_probe
+import train_simclr
+from data_prep import __main__ as data_prep
+from simclr import beton, checkpoint, host
+from simclr.beton import BetonError
+from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
+from simclr.data import open_images
+from simclr.models import ModelConfig
+from simclr.runlog import RunLog, read_metrics, without_secrets
+from tests.helpers import forget_accelerate_state
+from tests.test_data_prep import fake_cifar
+
+ROOT = Path(__file__).parents[1]
+N, PAGE, ITEM = 64, 1 << 21, 24
+FIRST = 24 + 2 * (1 + 16 + 1024)  # metadata, after header and descriptors
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    pixels = np.random.default_rng(0).integers(0, 256, (N, 32, 32, 3), dtype=np.uint8)
+    beton.write(path, pixels, np.arange(N) % 10, classes=[str(i) for i in range(10)])
+    return path
+
+
+def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
+    config = TrainConfig(
+        data=images,
+        output=output,
+        model=ModelConfig(encoder="small_resnet_w4", projector_hidden=8, projection_dim=8),
+        optimizer=OptimizerConfig(warmup_epochs=0),
+        global_batch_size=16,
+        epochs=1,
+        num_validation=0,
+        loader="memory",
+        views="torch",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def train(config: TrainConfig) -> Path:
+    try:
+        return train_simclr.main(config)
+    finally:
+        forget_accelerate_state()
+
+
+# ---------------------------------------------------------------------------------------------- damaged images
+
+
+def put(form: str, value: int, *offsets: int) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        for offset in offsets:
+            struct.pack_into(f"<{form}", data, offset, value)
+
+    return change
+
+
+def cut(length: int) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        del data[length:]
+
+    return change
+
+
+# Damages with which plain FFCV 1.0.2 crashed, hung, or returned wrong pixels in silence, and some that it refused.
+# A file of 64 raw images has one page of pixels, at PAGE, and behind it the allocation table.
+TABLE = 2 * PAGE
+META, ENTRY = FIRST + 5 * ITEM, TABLE + 5 * ITEM  # of image 5
+DAMAGES: dict[str, Callable[[bytearray], None]] = {
+    "empty": cut(0),
+    "20 bytes": cut(20),
+    "cut in the metadata": cut(FIRST + 10 * ITEM + 3),
+    "cut in half": cut(PAGE + N * 32 * 32 * 3 // 2),
+    "half of the table": cut(TABLE + ITEM * N // 2),
+    "no table": cut(TABLE),
+    "version": put("H", 3, 0),
+    "1000 times the images": put("Q", 1000 * N, 8),
+    "2^62 images": put("Q", 1 << 62, 8),
+    "half of the images": put("Q", N // 2, 8),
+    "1 field": put("H", 1, 2),
+    "60000 fields": put("H", 60000, 2),
+    "table beyond the end": put("Q", 1 << 40, 16),
+    "table in the pixels": put("Q", PAGE, 16),
+    "image field is int": put("B", 1, 24),
+    "int field is image": put("B", 2, 24 + 1041),
+    "unknown field": put("B", 77, 24),
+    "image field is bytes": put("B", 3, 24),
+    "one height": put("H", 65535, META + 3),
+    "all sizes": put("I", 4096 << 16 | 4096, *range(FIRST + 1, FIRST + N * ITEM, ITEM)),
+    "one encoding": put("B", 0, META),
+    "image beyond the end": put("Q", 1 << 40, META + 5),
+    "image in the last bytes": put("Q", TABLE + N * ITEM - 16, META + 5),
+    "image is another": put("Q", PAGE + 6 * 3072, META + 5),
+    "1 MB": put("Q", 1 << 20, ENTRY + 16),
+    "2^40 bytes": put("Q", 1 << 40, ENTRY + 16),
+    "one pixel": put("B", 7, PAGE + 5 * 3072 + 100),
+    "64 bytes of pixels": put("Q", 0, *range(PAGE + 5 * 3072, PAGE + 5 * 3072 + 64, 8)),
+    "cut in the pixels": cut(PAGE + 40_000),
+}
+
+
+def refused(path: Path) -> bool:
+    """Whether the file is refused, before FFCV could open it: as long as it is not, no source is made."""
+    try:
+        open_images(path, backend="ffcv" if importlib.util.find_spec("ffcv") else "memory").close()
+    except BetonError as error:
+        return str(path) in str(error)
+    return False
+
+
+@pytest.fixture
+def damaged(images: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    for source in (images, beton.sidecar_path(images)):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    return tmp_path / images.name
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_plain_ffcv_crashes_hangs_or_is_wrong_on_is_refused(damaged: Path, name: str) -> None:
+    data = bytearray(damaged.read_bytes())
+    assert len(data) == TABLE + N * ITEM
+    before = bytes(data)
+    DAMAGES[name](data)
+    assert data != before
+    damaged.write_bytes(data)
+    assert refused(damaged)
+
+
+def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
+    assert not refused(damaged)
+    good, generator = damaged.read_bytes(), random.Random(0)
+    regions = ((0, FIRST + N * ITEM), (FIRST + N * ITEM, TABLE), (TABLE, len(good)))  # tables are small: each its share
+    for trial in range(300):
+        at = generator.randrange(*regions[trial % 3])
+        if trial % 5:
+            bit = generator.randrange(8)
+            bad, what = good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :], f"bit {bit} of byte {at}"
+        else:
+            bad, what = good[:at], f"cut at {at}"
+        damaged.write_bytes(bad)
+        assert refused(damaged), what
+
+
+# ------------------------------------------------------------------------------------------- rights, full disks
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root gives up its rights for a while."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("only root can become somebody without rights")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -> None:
+    run = train(settings(images, tmp_path / "done"))
+    tree = tmp_path / "tree"
+    tree.mkdir(mode=0o700)
+    with tempfile.TemporaryDirectory() as folder:
+        readable = Path(folder, images.name)
+        Path(folder).chmod(0o755)
+        for source in (images, beton.sidecar_path(images)):
+            Path(folder, source.name).write_bytes(source.read_bytes())
+        attempts: dict[str, Callable[[], object]] = {
+            "data": lambda: train(settings(images, Path(folder, "run"))),
+            "output": lambda: train(settings(readable, Path(folder, "run"))),
+            "probe": lambda: linear_probe.main(ProbeConfig(run=run)),
+        }
+        for attempt in attempts.values():
+            with as_nobody(), pytest.raises(host.RefusedError, match="Permission denied: this user may not"):
+                attempt()
+        for source in (tree, readable):
+            with as_nobody():
+                words = ["imagefolder", "--root", str(source), "--output", str(tree / "x")]
+                assert data_prep.main(words) == 1
+        assert len(list(Path(folder).iterdir())) == 2
+    assert list(tree.iterdir()) == []
+
+
+LOG_ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from simclr import host
+from simclr.runlog import RunLog
+with host.refusals_explained(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    for step in range(99):
+        log.write("train", step=step, loss=0.5)
+"""
+
+
+def test_a_log_that_finds_no_space_says_so_and_keeps_its_lines(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOG_ON_A_FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert (
+        "RefusedError: writing: File too large: files of this process or file system may not be larger" in done.stderr
+    )
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert len(lines) >= 10
+    with RunLog(tmp_path, is_main=True, total_steps=99, first_step=3) as log:  # and goes on behind them
+        log.write("train", step=4, loss=0.5)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
+def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_there_is_space(
+    images: Path, tmp_path: Path
+) -> None:
+    mounted = f'mount -t tmpfs -o size=1m none "{tmp_path}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    words = ["--data", str(images), "--output", str(tmp_path / "run"), "--model.encoder", "small_resnet_w4"]
+    words += ["--epochs", "4", "--global-batch-size", "16", "--num-validation", "0", "--loader", "memory"]
+    words += ["--checkpoint-every-steps", "1", "--keep-checkpoints", "99", "--views", "torch"]
+    command = f'"{sys.executable}" train_simclr.py demo "$@"; echo "status $?"; cat "{tmp_path}/run/status.json"'
+    script = f'{mounted}; {command}; ls -A "{tmp_path}/run"; mount -o remount,size=64m "{tmp_path}"; {command}'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    print(done.stdout, done.stderr)
+    full, again = done.stdout.split("status 1\n")
+    assert "step" in full
+    assert "is the disk full or read-only? The old file stays" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert '"state": "failed"' in again
+    assert ".tmp" not in again
+    assert "resuming:   after step " in again
+    assert "status 0\n" in again
+    assert '"state": "finished"' in again
+
+
+# ---------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_more_processes_than_images_are_refused(images: Path) -> None:
+    config = settings(images, Path("unused"), global_batch_size=128)
+    with pytest.raises(ValueError, match=f"{N} images, which do not fill one batch of 128"):
+        derive(config, N, 128)
+    with pytest.raises(ValueError, match="divi"):
+        derive(settings(images, Path("unused"), global_batch_size=N), N, 128)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": 1}', "\\ud800"])
+def test_a_checkpoint_whose_configuration_cannot_be_read_is_refused(images: Path, tmp_path: Path, text: str) -> None:
+    folder = train(settings(images, tmp_path / "run"))
+    payload = checkpoint.load_safely(folder / checkpoint.BEST)
+    checkpoint.save_atomically(folder / checkpoint.BEST, payload | {"config": text})
+    with pytest.raises(checkpoint.CheckpointError, match=checkpoint.BEST):
+        checkpoint.load_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ security
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES"])
+def test_programs_do_not_start_where_torch_would_execute_checkpoints(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", value)
+    with pytest.raises(ValueError, match="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        train(settings(images, tmp_path / "run"))
+    with pytest.raises(ValueError, match="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        linear_probe.main(ProbeConfig(run=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
+    checkpoint.require_safe_loading()
+
+
+class Malicious:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.victim,)
+
+
+@pytest.mark.parametrize("kind", [datasets.CIFAR10, datasets.CIFAR100])
+@pytest.mark.parametrize("part", ["train_list", "test_list", "meta"])
+def test_no_file_of_cifar_is_unpickled_that_is_not_the_published_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: Any, part: str
+) -> None:
+    victim, root = tmp_path / "victim", tmp_path / "root"
+    lists, _ = fake_cifar(root, kind)
+    for attribute, value in lists.items():
+        monkeypatch.setattr(kind, attribute, value)
+    name = kind.meta["filename"] if part == "meta" else lists[part][-1][0]
+    bad = root / kind.base_folder / name
+    bad.write_bytes(pickle.dumps(Malicious(victim)))
+    command = "cifar100" if kind is datasets.CIFAR100 else "cifar10"
+    words = [command, "--root", str(root), "--output", str(tmp_path / "out"), "--no-download"]
+    assert data_prep.main(words) == 1
+    assert "missing or damaged" in capsys.readouterr().err
+    assert not victim.exists()
+    pickle.loads(bad.read_bytes())
+    assert victim.exists()  # it would have
+
+
+def test_archives_do_not_write_outside_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = root / datasets.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        entry = tarfile.TarInfo("../escaped")
+        entry.size = 1
+        tar.addfile(entry, io.BytesIO(b"x"))
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    words = ["cifar10", "--root", str(root), "--output", str(tmp_path / "out"), "--no-download"]
+    assert data_prep.main(words) == 1
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_a_manifest_holds_no_secrets(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--api-token", "hunter1", "--wandb.key=hunter2", "DB_PASSWORD=hunter3", "http://me:hunter4@host/x"]
+    words += ["--client_secret", "--epochs", "3", "--output", "runs/monkey=1"]
+    monkeypatch.setattr(sys, "argv", ["train_simclr.py", *words])
+    folder = train(settings(images, tmp_path / "run"))
+    text = (folder / "manifest.json").read_text()
+    assert "hunter" not in text
+    assert json.loads(text)["environment"]["command"] == (
+        "train_simclr.py --api-token '***' '--wandb.key=***' 'DB_PASSWORD=***' 'http://***@host/x' "
+        "--client_secret --epochs 3 --output runs/monkey=1"
+    )
+    assert without_secrets(["--global-batch-size", "8"]) == ["--global-batch-size", "8"]
+
+
+def test_only_refusals_are_explained() -> None:
+    with pytest.raises(ConnectionResetError), host.refusals_explained():
+        raise ConnectionResetError(104, "reset")
+    with pytest.raises(host.RefusedError, match=r"x/y: No space left.*free some space"), host.refusals_explained():
+        raise OSError(28, "No space left on device", "x/y")

@@ -1,0 +1,130 @@
+"""The doctor finds what is really wrong: each test provokes one fault."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simclr import beton, doctor
+from tests.helpers import forget_accelerate_state
+from tests.test_launch import ROOT, environment, run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.beton"
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), dtype=np.uint8)
+    beton.write(path, pixels, np.arange(600) % 10)
+    return path
+
+
+def examined(*options: object, **variables: str) -> tuple[int, dict[str, list[str]], str]:
+    """Exit status of the doctor; by check, its lines as "state found"; the whole output."""
+    command = [sys.executable, "-m", "simclr.doctor", *map(str, options)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False, timeout=120
+    )
+    return done.returncode, lines_of(done.stdout), done.stdout + done.stderr
+
+
+def lines_of(output: str) -> dict[str, list[str]]:
+    lines: dict[str, list[str]] = {}
+    for line in output.splitlines():
+        state, check, found = line[:9].strip(), line[9:21].strip(), line[21:]
+        if state in {"ok", "warning", "problem"}:
+            lines.setdefault(check, []).append(f"{state} {found}")
+    return lines
+
+
+def test_a_sound_machine_passes_and_every_check_has_its_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    status = doctor.main(doctor.Options(data=images, output=tmp_path))
+    forget_accelerate_state()
+    output = capsys.readouterr().out
+    lines = lines_of(output)
+    assert status == 0, output
+    checks = {"versions", "GPUs", "bf16", "CPU", "/dev/shm", "FFCV", "data", "disk", "own name", "processes"}
+    assert checks <= set(lines)
+    assert lines["data"][0].startswith("ok 600 images of 32 x 32, raw,")
+    assert lines["processes"] == ["ok 1 take part, 1 are meant to"]
+    assert "problem" not in output
+
+
+def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) -> None:
+    """One start, since importing takes seconds: a flipped pixel, a file for a folder, no network, SLURM, torch."""
+    damaged = tmp_path / "train.beton"
+    content = bytearray(images.read_bytes())
+    content[3 << 20 if len(content) > 3 << 20 else -40_000] ^= 1
+    damaged.write_bytes(content)
+    beton.sidecar_path(damaged).write_bytes(beton.sidecar_path(images).read_bytes())
+    (tmp_path / "file").touch()
+    status, lines, output = examined(
+        *("--data", damaged, "--output", tmp_path / "file" / "run", "--world-size", "2"),
+        GLOO_SOCKET_IFNAME="nonet7",
+        SLURM_JOB_ID="9",
+        SLURM_STEP_NUM_TASKS="4",
+        TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1",
+    )
+    assert status == 1
+    assert "Traceback" not in output
+    assert lines["data"][0].startswith(f"problem {damaged}: its sha256 is")
+    assert lines["disk"][0].startswith("problem cannot write in")
+    assert lines["own name"][0].startswith("problem GLOO_SOCKET_IFNAME is nonet7. There is lo")
+    assert "4 task(s) in this step, 1 process(es) take part. Start it as" in lines["SLURM"][0]
+    assert lines["environment"][0].endswith("unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    assert lines["processes"] == ["problem 1 take part, 2 are meant to. See docs/launching.md"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
+def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path: Path) -> None:
+    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    driver = "printf '#!/bin/sh\\necho NVIDIA H100, 470.1\\n' > nvidia-smi; chmod +x nvidia-smi"
+    doctor = f'"{sys.executable}" -m simclr.doctor --data "{tmp_path}/no.beton" --output "{tmp_path}/run"'
+    path = f'cd "{tmp_path}"; {driver}; cd "{ROOT}"; PATH="{tmp_path}:$PATH"'
+    status, output = run("unshare", "-rm", "sh", "-c", f"{mounted}; {path} {doctor}")
+    lines = lines_of(output)
+    assert status == 1
+    assert lines["disk"][0].startswith(f"problem {tmp_path}: 4 MB free; 4 checkpoints of cifar10-simclr-100 take")
+    assert "no such file" in lines["data"][0]
+    if torch.cuda.is_available() or not os.environ.get("CUDA_VISIBLE_DEVICES", "unset"):
+        return  # torch can use the driver here, or is told not to
+    assert lines["GPUs"][0].startswith("problem the driver finds NVIDIA H100, 470.1, but torch none")
+    assert "Install a newer driver" in lines["GPUs"][0]
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_what_lies_between_them_and_tell_of_each_others_faults(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    # Rank 1 alone looks for a folder that it may not write.
+    script = 'OUT="$0"; [ "$RANK" = 1 ] && OUT=/proc/none; exec "$1" -m simclr.doctor --output "$OUT" --world-size 2'
+    status, output = run(*torchrun, "sh", "-c", script, str(tmp_path), sys.executable)
+    lines = lines_of(output)
+    assert status == 1
+    assert lines["processes"] == ["ok 2 take part, 2 are meant to"]
+    assert lines["all-reduce"][0].startswith("ok 64 MiB in ")
+    assert lines["clocks"][0].startswith("ok at most ")
+    assert len(lines["versions"]) == 1, "rank 1 speaks through rank 0"
+    assert [line[:10] for line in lines["disk"]] == ["ok " + str(tmp_path)[:7], "problem ra"]
+    assert "rank 1: cannot write in /proc" in lines["disk"][1]
+
+
+def test_a_process_that_waits_for_another_in_vain_says_so(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    status, lines, output = examined("--output", tmp_path, "--start-seconds", "3", **alone, MASTER_PORT=port)
+    assert status == 1, output
+    assert lines["processes"][0].startswith("problem they do not find each other: ")
+    assert "Traceback" not in output
