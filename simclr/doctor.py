@@ -39,8 +39,6 @@ from simclr.presets import DEFAULT, PRESETS
 WORLD, LOCAL = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # of the launcher
 _PACKAGES = ("torch", "accelerate", "timm", "torchvision", "numpy")
 _ALL_REDUCE_BYTES = 64 << 20  # about the gradient of a ResNet-18 with its projector in float32
-_MOST_SKEW_SECONDS = 1.0
-_LEAST_SHARED_MEMORY = 256 << 20  # containers often have 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +72,12 @@ class Finding(NamedTuple):
         return f"{self.state:<9}{self.check:<12}{self.found}{self.advice and f'. {self.advice}'}"
 
 
-def warn_if(
-    bad: bool, check: str, found: str, advice: str, state: Literal["warning", "problem"] = "warning"
-) -> Finding:
+def warn_if(bad: bool, check: str, found: str, advice: str, state: State = "warning") -> Finding:
     """Return a warning with advice, or ok."""
     return Finding(state, check, found, advice) if bad else Finding("ok", check, found)
 
 
 refuse_if = functools.partial(warn_if, state="problem")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# This process alone
 
 
 def versions(options: Options) -> Iterator[Finding]:
@@ -110,7 +102,10 @@ def gpus(options: Options) -> Iterator[Finding]:
         yield refuse_if(torch.cuda.device_count() < LOCAL, "GPUs", found, "Start one process per GPU")
         fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        seen, fast = _nvidia_smi(), runlog.cpu_has_fast_bf16()
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
+        seen = "; ".join(done.stdout.splitlines()) if done and done.returncode == 0 else ""
+        fast = runlog.cpu_has_fast_bf16()
         if os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in {"", "-1"}:
             yield warn_if(bool(seen), "GPUs", f"CUDA_VISIBLE_DEVICES hides {seen or 'none'}", "Unset it to use them")
         else:
@@ -182,8 +177,8 @@ def host(options: Options) -> Iterator[Finding]:
     yield warn_if(LOCAL * torch.get_num_threads() > cores, "CPU", found, advice)
     if (shared := Path("/dev/shm")).is_dir():
         free = shutil.disk_usage(shared).free
-        advice = "NCCL may fail: give the container more (docker run --shm-size 1g)"
-        yield warn_if(free < _LEAST_SHARED_MEMORY, "/dev/shm", f"{free >> 20:,} MiB free", advice)
+        advice = "NCCL may fail, as in containers with 64 MiB: docker run --shm-size 1g"
+        yield warn_if(free < 256 << 20, "/dev/shm", f"{free >> 20:,} MiB free", advice)
 
 
 def own_name(options: Options) -> Iterator[Finding]:
@@ -216,20 +211,6 @@ def slurm(options: Options) -> Iterator[Finding]:
     yield refuse_if(max(tasks, nodes) > WORLD, "SLURM", found, advice)
 
 
-def _nvidia_smi() -> str:
-    """Return what the driver knows of GPUs; empty without one."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return "; ".join(done.stdout.splitlines())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Between processes
-
-
 def processes(options: Options, device: torch.device) -> Iterator[Finding]:
     """How many take part; bandwidth and clocks between them. Collective."""
     size, meant = distributed.world_size(), options.world_size or WORLD
@@ -251,7 +232,7 @@ def processes(options: Options, device: torch.device) -> Iterator[Finding]:
     found = f"{_ALL_REDUCE_BYTES >> 20} MiB in {1000 * median:.1f} ms over {over}, {rate:.2f} GB/s per process"
     yield Finding("ok", "all-reduce", found)
     advice = "Synchronise them (NTP): times in logs and of files mislead"
-    yield warn_if(skew > _MOST_SKEW_SECONDS, "clocks", f"at most {1000 * skew:.1f} ms apart", advice)
+    yield warn_if(skew > 1, "clocks", f"at most {1000 * skew:.1f} ms apart", advice)
 
 
 def from_other_ranks(findings: list[Finding], device: torch.device) -> Iterator[Finding]:
