@@ -278,6 +278,11 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
             validation images leave no other ones; the message names values that work.
     """
     batch = config.global_batch_size
+    if world_size > num_images:
+        raise ValueError(
+            f"{world_size} processes take part, but {config.data} has {num_images} images, and each process needs at "
+            f"least one per batch; use more images or at most {num_images} processes"
+        )
     if batch % world_size:
         below = batch - batch % world_size
         usable = " or ".join(str(size) for size in (below, below + world_size) if size)
