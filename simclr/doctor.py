@@ -37,6 +37,7 @@ from simclr.models import SimCLR
 from simclr.presets import DEFAULT, PRESETS
 
 WORLD, LOCAL = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # of the launcher
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}  # as in train_simclr.py
 _PACKAGES = ("torch", "accelerate", "timm", "torchvision", "numpy")
 _ALL_REDUCE_BYTES = 64 << 20  # about the gradient of a ResNet-18 with its projector in float32
 
@@ -93,13 +94,14 @@ def versions(options: Options) -> Iterator[Finding]:
 def gpus(options: Options) -> Iterator[Finding]:
     """GPUs, their memory, driver against torch, and bfloat16."""
     built = f"torch is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
+    if torch.cuda.is_available() and not ON_CPU:
+        count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        for i in range(count) if LOCAL == 1 else {rank} & set(range(count)):  # looking at a GPU takes memory there
             free, total = torch.cuda.mem_get_info(i)
             found = f"{i}: {torch.cuda.get_device_name(i)}, {free >> 20:,} of {total >> 20:,} MiB free; {built}"
             yield warn_if(free < 0.9 * total, "GPUs", found, "Another program uses it")
-        found = f"{LOCAL} process(es) and {torch.cuda.device_count()} GPU(s) on this machine"
-        yield refuse_if(torch.cuda.device_count() < LOCAL, "GPUs", found, "Start one process per GPU")
+        found = f"{LOCAL} process(es) and {count} GPU(s) on this machine"
+        yield refuse_if(count < LOCAL, "GPUs", found, "Start one process per GPU")
         fast = torch.cuda.get_device_capability() >= (8, 0)
     else:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -124,9 +126,10 @@ def ffcv(options: Options) -> Iterator[Finding]:
         try:
             with open_images(path, backend="ffcv") as source:
                 (batch,) = source.batches(EpochPlan(np.arange(8), 8, shuffle=False))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # it is not there; it fails
             obstacle = str(error).partition("FFCV: ")[2] or str(error)
-            yield Finding("warning", "FFCV", f"images are kept in memory, because {obstacle}")
+            judge = refuse_if if isinstance(error, RuntimeError) else warn_if
+            yield judge(True, "FFCV", f"cannot be used: {obstacle}", "Use --loader memory, or auto, which says why")
             return
     differs = not np.array_equal(batch.image.numpy(), images)
     found = "reads other pixels than were written" if differs else "reads a file that was just written"
@@ -249,8 +252,8 @@ def main(options: Options) -> int:
     """Make all checks, print what was found, on rank 0; return the exit status."""
     alone = (versions, gpus, host, ffcv, data, disk, own_name, slurm)
     findings = [finding for check in alone for finding in check(options)]
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     try:
+        on_cpu = ON_CPU or not torch.cuda.is_available()
         device = PartialState(cpu=on_cpu, timeout=datetime.timedelta(seconds=options.start_seconds)).device
         findings += processes(options, device)
         findings += from_other_ranks(findings, device)

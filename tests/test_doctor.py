@@ -46,7 +46,7 @@ def lines_of(output: str) -> dict[str, list[str]]:
 def test_a_sound_machine_passes_and_every_check_has_its_line(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(doctor, "ON_CPU", True)
     status = doctor.main(doctor.Options(data=images, output=tmp_path))
     forget_accelerate_state()
     output = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_a_sound_machine_passes_and_every_check_has_its_line(
 def test_another_number_of_processes_than_meant_is_a_problem(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(doctor, "ON_CPU", True)
     status = doctor.main(doctor.Options(output=tmp_path, world_size=2))
     forget_accelerate_state()
     assert status == 1
@@ -87,13 +87,14 @@ def test_an_own_name_that_only_this_machine_reaches_is_a_problem_between_machine
 
 
 def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) -> None:
-    """One start, since importing takes seconds: a pixel, a file for a folder, network, SLURM, torch, a lost peer."""
+    """One start, since importing takes seconds: a pixel, FFCV, a file for a folder, network, SLURM, torch, a peer."""
     damaged = tmp_path / "train.beton"
     content = bytearray(images.read_bytes())
     content[3 << 20] ^= 1
     damaged.write_bytes(content)
     beton.sidecar_path(damaged).write_bytes(beton.sidecar_path(images).read_bytes())
     (tmp_path / "file").touch()
+    (tmp_path / "ffcv.py").write_text("raise ImportError('built for another machine')")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,6 +102,7 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
         *("--data", damaged, "--output", tmp_path / "file" / "run", "--start-seconds", 3),
         **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        PYTHONPATH=str(tmp_path),
         GLOO_SOCKET_IFNAME="nonet7",
         SLURM_JOB_ID="9",
         SLURM_STEP_NUM_TASKS="4",
@@ -110,6 +112,7 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
     assert "Traceback" not in output
     assert lines["data"][0].startswith(f"problem {damaged}: its sha256 is")
     assert lines["disk"][0].startswith("problem cannot write in")
+    assert lines["FFCV"][0].startswith("warning cannot be used: ")
     assert lines["own name"][0].startswith("problem GLOO_SOCKET_IFNAME is nonet7. There is lo")
     assert "4 task(s) in this step, 2 process(es) take part. Start it as" in lines["SLURM"][0]
     assert lines["environment"][0].endswith("unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
