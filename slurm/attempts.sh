@@ -52,6 +52,16 @@ requeue() {
     sleep infinity # until SLURM ends this script: a job that ends by itself is not started again
 }
 
+# Where a node does not answer, waits until SLURM has noticed and requeues the job itself. A job that is quicker than
+# that was granted no GPUs when it started again (SLURM 22.05).
+wait_for_lost_nodes() {
+    local seconds
+    ! srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 true || return 0
+    seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\) sec.*/\1/p')
+    echo "a node does not answer: SLURM requeues this job when it has noticed, within some $seconds s"
+    sleep $((seconds + 60))
+}
+
 # Counts this attempt, and gives up if the last ones came to nothing. The count outlives requeues, as these come from
 # outside too; a job that somebody submitted begins anew.
 begin_attempt() {
@@ -86,6 +96,7 @@ judge_attempt() {
         requeue
     elif [ "${step:-0}" = "$first_step" ]; then
         [ "$attempts" -lt "$MOST_ATTEMPTS" ] || give_up
+        wait_for_lost_nodes
         requeue # other nodes may do better
     fi
     echo "training failed, but had come further: again"

@@ -39,14 +39,20 @@ LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 20 --log-every-steps 1 --ch
 TOOLS = {
     "srun": """
         while [[ $1 == --* ]]; do shift; done
+        [ "$1" != true ] || exec [ -z "$IS_NODE_LOST" ]
         SLURM_NODEID=0 exec "$@"
         """,
     "scontrol": """
         case "$1 $2" in
             "show hostnames") echo 127.0.0.1 ;;
             "show job") echo "   JobState=$JOB_STATE Reason=None"; echo "   PreemptTime=$PREEMPT_TIME" ;;
+            "show config") echo "SlurmdTimeout           = 300 sec" ;;
             requeue*) echo requeue >> "$NOTES"; kill -KILL $PPID ;;
         esac
+        """,
+    # SLURM ends a job that waits for it.
+    "sleep": """
+        [ "$1" -lt 300 ] || { echo slurm >> "$NOTES"; kill -KILL $PPID; }
         """,
     "python": """
         echo training >> "$NOTES"
@@ -87,6 +93,7 @@ class Job:
             SCRIPT=str(self.folder / "script"),
             RUN=str(self.run),
             JOB_STATE="RUNNING",
+            IS_NODE_LOST="",
             PREEMPT_TIME="None",
         )
         env |= variables
@@ -172,6 +179,15 @@ def test_a_job_preempted_before_training_began_is_requeued(job: Job) -> None:
     returned, output = job.submit(["exit 143"] * 3, PREEMPT_TIME="2026-01-01T00:00:00")
     assert job.notes == [T, R, T, R, T, R]
     assert returned == 1, output
+
+
+@needs_bash
+def test_a_job_whose_node_is_lost_is_left_to_slurm(job: Job) -> None:
+    script = ["status failed 5; exit 1", "exit 1", "status finished 90"]
+    returned, output = job.submit(script, IS_NODE_LOST="1")
+    assert job.notes == [T, T, "slurm", T], output
+    assert returned == 0
+    assert "a node does not answer: SLURM requeues this job when it has noticed, within some 300 s" in output
 
 
 @needs_bash
