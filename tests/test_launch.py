@@ -271,6 +271,44 @@ def test_two_machines(images: Path, one_process: Path, tmp_path: Path) -> None:
     assert ["2 processes on cpu" in output for output in outputs] == [True, False]
 
 
+DIES_ONCE = """
+import os, runpy, signal, time
+from pathlib import Path
+from simclr.peers import Peers
+
+checkpoint, step_taken = Path(os.environ["CHECKPOINT"]), Peers.step_taken
+
+def step_taken_or_death(self, step):
+    if step == 6:
+        while not checkpoint.exists():  # of step 4, written in the background
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_taken(self, step)
+
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    Peers.step_taken = step_taken_or_death
+runpy.run_path("train_simclr.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_starts_training_again_when_a_process_dies(images: Path, one_process: Path, tmp_path: Path) -> None:
+    script, folder = tmp_path / "dies_once.py", tmp_path / "run"
+    script.write_text(DIES_ONCE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    _, *options = small_run(images, folder, 2)
+    # Without this, the processes started anew meet the addresses of the dead ones in the store that they share.
+    env = environment(
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PYTHONPATH=str(ROOT), CHECKPOINT=str(folder / checkpoint.LAST)
+    )
+    status, output = run(*launcher, "--max-restarts", "1", script, *options, env=env)
+    assert status == 0, output
+    assert output.count("2 processes on cpu (") == 2
+    assert f"resuming:   after step 4 of {STEPS}" in output
+    assert_is_the_run(folder, one_process, 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["single_gpu.yaml", "multi_gpu.yaml"])
