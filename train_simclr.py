@@ -21,7 +21,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -300,9 +299,7 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def whole_batch(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Pass this rank's views forward and backward at once; return loss, z1 and z2."""
     z1, z2 = torch.cat([run.model(group)[1] for group in groups]).chunk(2)
-    loss = objective(run.config)(z1, z2)
-    run.accelerator.backward(loss)
-    return loss, z1, z2
+    return loss_and_backward(run, z1, z2), z1, z2
 
 
 def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,8 +310,7 @@ def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Te
     ways = [BatchInParts(run.units, rows, run.accelerator.autocast) for _ in groups]
     z = torch.cat([way.project(group) for way, group in zip(ways, groups, strict=True)]).requires_grad_()
     z1, z2 = z.chunk(2)
-    loss = objective(run.config)(z1, z2)
-    run.accelerator.backward(loss)
+    loss = loss_and_backward(run, z1, z2)
     assert z.grad is not None
     for way, gradient in zip(ways, z.grad.chunk(len(groups)), strict=True):
         way.backward(gradient)
@@ -322,31 +318,29 @@ def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Te
     return loss, z1, z2
 
 
-def objective(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the loss, times its scale, as a function of the two views' projections."""
-    loss = config.loss
-
-    def scaled(z1: Tensor, z2: Tensor) -> Tensor:
-        if loss.name == "nt_xent":
-            value = losses.nt_xent(
-                z1,
-                z2,
-                temperature=loss.temperature,
-                form=loss.nt_xent_form,
-                kernels=loss.kernels,
-                bf16_matmul=loss.bf16_matmul,
-            )
-        else:
-            value = losses.barlow_twins(
-                z1,
-                z2,
-                off_diagonal_weight=loss.off_diagonal_weight,
-                centre=loss.centre,
-                form=loss.barlow_twins_form,
-            )
-        return value * loss.scale
-
-    return scaled
+def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
+    """Return the loss, times its scale, after the backward pass from it."""
+    config = run.config.loss
+    if config.name == "nt_xent":
+        loss = losses.nt_xent(
+            z1,
+            z2,
+            temperature=config.temperature,
+            form=config.nt_xent_form,
+            kernels=config.kernels,
+            bf16_matmul=config.bf16_matmul,
+        )
+    else:
+        loss = losses.barlow_twins(
+            z1,
+            z2,
+            off_diagonal_weight=config.off_diagonal_weight,
+            centre=config.centre,
+            form=config.barlow_twins_form,
+        )
+    loss = loss * config.scale
+    run.accelerator.backward(loss)
+    return loss
 
 
 def learning_rate(config: TrainConfig, derived: Derived, step: int) -> float:
@@ -743,14 +737,20 @@ def say_start(
 def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
     """Return in which form the loss is computed, and why."""
     loss, b, d = config.loss, derived.per_device_batch_size, config.model.projection_dim
-    forced: str
     if loss.name == "nt_xent":
-        forced, choice = loss.nt_xent_form, losses.choose_nt_xent(b, d, device, bf16_matmul=loss.bf16_matmul)
+        choice = losses.choose_nt_xent(
+            b,
+            d,
+            device,
+            parameter_dtype(config),
+            form=loss.nt_xent_form,
+            kernels=loss.kernels,
+            bf16_matmul=loss.bf16_matmul,
+        )
     else:
-        forced, choice = loss.barlow_twins_form, losses.choose_barlow_twins(b, d)
-    form, reason = (choice.form, choice.reason) if forced == "auto" else (forced, "as configured")
-    kernels = loss.kernels if loss.kernels != "auto" else choice.kernels
-    return f"{form} ({reason})" + (f", {kernels} kernels" if form in {"tiled", "ring"} else "")
+        choice = losses.choose_barlow_twins(b, d, loss.barlow_twins_form)
+    kernels = f", {choice.kernels} kernels" if choice.form in {"tiled", "ring"} else ""
+    return f"{choice.form} ({choice.reason}){kernels}"
 
 
 def write_manifest(

@@ -100,7 +100,7 @@ class _SharedGradient(torch.autograd.Function):
         return sum_over_ranks(gradients[0])
 
 
-def gather_with_grad(rows: Tensor) -> Tensor:
+def gather_with_grad(rows: Tensor, *, known_equal: bool = False) -> Tensor:
     """Concatenate the rows of all ranks, in rank order, keeping the gradient.
 
     The gradient that reaches ``rows`` is the sum over ranks of the gradients of their copies. With a loss that
@@ -109,6 +109,7 @@ def gather_with_grad(rows: Tensor) -> Tensor:
 
     Args:
         rows: Tensor of shape (b, ...), the same shape and dtype on every rank.
+        known_equal: Whether the caller has made :func:`require_equal_rows`, which is otherwise made here.
 
     Returns:
         Tensor of shape (n, ...): rank 0's rows first. ``rows`` itself in a world of one.
@@ -122,7 +123,8 @@ def gather_with_grad(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    require_equal_rows(rows)
+    if not known_equal:
+        require_equal_rows(rows)
     gathered: Tensor = _GatherRows.apply(rows)
     return gathered
 

@@ -99,18 +99,19 @@ def nt_xent(
     b, n = len(z1), len(z1) * distributed.world_size()
     if n < 2:
         raise ValueError("nt_xent needs at least 2 source images in the whole batch, got 1: there are no negatives")
-    if form == "auto" or kernels == "auto":
-        choice = choose_nt_xent(b, z1.shape[1], z1.device, z1.dtype, bf16_matmul=bf16_matmul)
-        form = choice.form if form == "auto" else form  # type: ignore[assignment]
-        kernels = choice.kernels if kernels == "auto" else kernels
-    if form == "matrix" and bf16_matmul:
+    choice = choose_nt_xent(b, z1.shape[1], z1.device, z1.dtype, form=form, kernels=kernels, bf16_matmul=bf16_matmul)
+    if choice.form == "matrix" and bf16_matmul:
         raise ValueError("bf16_matmul needs form tiled or ring, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = _at_least_float32(z1), _at_least_float32(z2)
-        if form == "matrix":
+        if choice.form == "matrix":
             return _nt_xent_matrix(_unit_rows(z1), _unit_rows(z2), temperature)
         return nt_xent_of_rows(
-            torch.cat([z1, z2]), temperature, ring=form == "ring", kernels=kernels, bf16_matmul=bf16_matmul
+            torch.cat([z1, z2]),
+            temperature,
+            ring=choice.form == "ring",
+            kernels=choice.kernels,
+            bf16_matmul=bf16_matmul,
         )
 
 
@@ -120,12 +121,17 @@ def choose_nt_xent(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     *,
+    form: NTXentForm = "auto",
+    kernels: KernelChoice = "auto",
     bf16_matmul: bool = False,
 ) -> Choice:
-    """Return how :func:`nt_xent` computes b pairs of width d on each device when it may choose, with the reason."""
+    """Return how :func:`nt_xent` computes b pairs of width d on each device, with the reason; ``form`` may be given."""
+    if kernels == "auto":
+        kernels = "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
+    if form != "auto":
+        return Choice(form, kernels, "as configured")
     size = distributed.world_size()
     rows, columns = 2 * per_device_batch_size, 2 * per_device_batch_size * size
-    kernels: Kernels = "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
     if device.type == "cuda" and rows * columns <= _MATRIX_UP_TO and not bf16_matmul:
         return Choice("matrix", kernels, f"{rows} x {columns} similarities are few")
     if size > 1 and columns * width * 4 > _GATHER_UP_TO_BYTES:
@@ -135,7 +141,8 @@ def choose_nt_xent(
 
 
 def _nt_xent_matrix(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    all_z1, all_z2 = distributed.gather_with_grad(torch.stack([z1, z2], dim=1)).unbind(dim=1)
+    pairs = torch.stack([z1, z2], dim=1)
+    all_z1, all_z2 = distributed.gather_with_grad(pairs, known_equal=True).unbind(dim=1)
     b, n = len(z1), len(all_z1)
     similarity = torch.cat([z1, z2]) @ torch.cat([all_z1, all_z2]).T  # (2b, 2n)
     own = distributed.rank() * b + torch.arange(b, device=z1.device)  # where this device's images lie in 0..n-1
@@ -191,25 +198,26 @@ def barlow_twins(
     n = len(z1) * distributed.world_size()
     if n < 2:
         raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
-    if form == "auto":
-        form = choose_barlow_twins(len(z1), z1.shape[1]).form  # type: ignore[assignment]
+    is_whole = choose_barlow_twins(len(z1), z1.shape[1], form).form == "gather"
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.stack([_at_least_float32(z1), _at_least_float32(z2)], dim=1)  # (b, 2, d)
-        if form == "gather":
+        if is_whole:
             z = distributed.replicated_gather(z)
-        correlation = _cross_correlation(z, n, centre, is_whole=form == "gather")
+        correlation = _cross_correlation(z, n, centre, is_whole)
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
         redundancy = (correlation - torch.diag(diagonal)).square().sum()
         return distributed.shared_gradient(invariance + off_diagonal_weight * redundancy)
 
 
-def choose_barlow_twins(per_device_batch_size: int, width: int) -> Choice:
-    """Return how :func:`barlow_twins` computes b pairs of width d on each device when it may choose, with the reason.
+def choose_barlow_twins(per_device_batch_size: int, width: int, form: BarlowForm = "auto") -> Choice:
+    """Return how :func:`barlow_twins` computes b pairs of width d on each device, with the reason.
 
-    The cheaper by the count of transfers (2 n d to gather, 2 d^2 to add up) and of operations (6 d^2 for each pair:
-    n pairs on each device, or b).
+    ``form``, if it is given, or the cheaper by the count of transfers (2 n d to gather, 2 d^2 to add up) and of
+    operations (6 d^2 for each pair: n pairs on each device, or b).
     """
+    if form != "auto":
+        return Choice(form, "torch", "as configured")
     size = distributed.world_size()
     n = per_device_batch_size * size
     if size == 1:
