@@ -22,8 +22,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        over = [0, *range(2, x.ndim)]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        over, shape = all_but_channels(x), along_channels(x)
         wide = at_least_float32(x)
         local = torch.cat([wide.sum(over), wide.new_tensor([x.numel() / x.shape[1]])])
         total = sum_over_ranks(local)
@@ -41,12 +40,29 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         normalised, inverse_std, count = ctx.saved_tensors
-        over = [0, *range(2, normalised.ndim)]
-        shape = [1, -1, *[1] * (normalised.ndim - 2)]
-        gradient, wide = at_least_float32(gradients[0]), at_least_float32(normalised)
-        sums = sum_over_ranks(torch.stack([gradient.sum(over), (gradient * wide).sum(over)])) / count
-        through_statistics = sums[0].view(shape) + wide * sums[1].view(shape)
-        return ((gradient - through_statistics) * inverse_std.view(shape)).to(gradients[0].dtype), None
+        means = sum_over_ranks(gradient_sums(gradients[0], normalised)) / count
+        return gradient_before(gradients[0], normalised, inverse_std, means), None
+
+
+def gradient_sums(gradient: Tensor, normalised: Tensor) -> Tensor:
+    """Return the sums, (2, c), of the gradients of normalised values, and of the gradients times the values."""
+    gradient, normalised = at_least_float32(gradient), at_least_float32(normalised)
+    over = all_but_channels(gradient)
+    return torch.stack([gradient.sum(over), (gradient * normalised).sum(over)])
+
+
+def gradient_before(gradient: Tensor, normalised: Tensor, inverse_std: Tensor, means: Tensor) -> Tensor:
+    """Return the gradient of what was normalised, in the dtype of the one given.
+
+    Args:
+        gradient: Of the normalised values, (b, c, ...).
+        normalised: They themselves.
+        inverse_std: 1 / standard deviation over the whole batch, (c,).
+        means: :func:`gradient_sums` of the whole batch over its number of values, (2, c).
+    """
+    shape = along_channels(normalised)
+    through_statistics = means[0].view(shape) + at_least_float32(normalised) * means[1].view(shape)
+    return ((at_least_float32(gradient) - through_statistics) * inverse_std.view(shape)).to(gradient.dtype)
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
@@ -101,7 +117,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
                 self.update_running_statistics(mean, variance, count)
         if not self.affine:
             return normalised
-        shape = [1, -1, *[1] * (x.ndim - 2)]
+        shape = along_channels(x)
         return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     @torch.no_grad()
@@ -171,3 +187,13 @@ def _replace(module: nn.Module) -> nn.Module:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or as it is if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def all_but_channels(x: Tensor) -> list[int]:
+    """Return the dimensions of (b, c, ...) but the second."""
+    return [0, *range(2, x.ndim)]
+
+
+def along_channels(x: Tensor) -> list[int]:
+    """Return the shape in which (c,) values stand beside (b, c, ...) ones."""
+    return [1, -1, *[1] * (x.ndim - 2)]

@@ -33,7 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simclr.batch_norm import GlobalBatchNorm, at_least_float32
+from simclr.batch_norm import (
+    GlobalBatchNorm,
+    all_but_channels,
+    along_channels,
+    at_least_float32,
+    gradient_before,
+    gradient_sums,
+)
 from simclr.distributed import sum_over_ranks
 from simclr.models import SimCLR
 
@@ -185,7 +192,7 @@ class _State:
             raise ValueError("a batch normalisation runs twice in one pass of the network, which micro-batches cannot")
         self.was_run = True
         if self._statistics is None:
-            variance, mean = torch.var_mean(at_least_float32(x), _all_but_channels(x), correction=0)
+            variance, mean = torch.var_mean(at_least_float32(x), all_but_channels(x), correction=0)
             self._moments.append((mean, variance, x.numel() // x.shape[1]))
         if self.is_end:
             self._input = x
@@ -222,9 +229,7 @@ class _State:
     def add_arriving(self, gradient: Tensor | None) -> Tensor:
         """Take in the gradient of the last pass's normalised values; return it."""
         assert gradient is not None
-        wide, normalised = at_least_float32(gradient), at_least_float32(self.normalised.detach())
-        over = _all_but_channels(wide)
-        sums = torch.stack([wide.sum(over), (wide * normalised).sum(over)])
+        sums = gradient_sums(gradient, self.normalised.detach())
         self._arrived = sums if self._arrived is None else self._arrived + sums
         return gradient
 
@@ -249,17 +254,13 @@ class _State:
 
 
 def _forward(x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
-    shape = _along_channels(x)
+    shape = along_channels(x)
     return ((at_least_float32(x) - mean.view(shape)) * inverse_std.view(shape)).to(x.dtype)
 
 
 def _backward(x: Tensor, gradient: Tensor, mean: Tensor, inverse_std: Tensor, means: Tensor | None) -> Tensor:
-    """Return the gradient of x; ``means``: (2, c) of gradients, and of gradients times normalised values."""
     assert means is not None, "nobody asks before the sums of the whole batch are known"
-    shape = _along_channels(x)
-    normalised = at_least_float32(_forward(x, mean, inverse_std))
-    through_statistics = means[0].view(shape) + normalised * means[1].view(shape)
-    return ((at_least_float32(gradient) - through_statistics) * inverse_std.view(shape)).to(x.dtype)
+    return gradient_before(gradient, _forward(x, mean, inverse_std), inverse_std, means)
 
 
 class _NormaliseByGiven(torch.autograd.Function):
@@ -273,14 +274,6 @@ class _NormaliseByGiven(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, mean, inverse_std, means = ctx.saved_tensors
         return _backward(x, gradient, mean, inverse_std, means), None, None, None
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.ndim)]
-
-
-def _along_channels(x: Tensor) -> list[int]:
-    return [1, -1, *[1] * (x.ndim - 2)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
