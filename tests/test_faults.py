@@ -31,9 +31,9 @@ from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, SIGNALS
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
-from simclr.runlog import read_metrics
 from tests.helpers import forget_accelerate_state
 from tests.ranks import Ranks, ranks
+from tests.runs import is_equal, lines, weights
 
 BATCH = 24  # of 100 images: 4 steps an epoch
 STEPS = 4
@@ -76,23 +76,6 @@ def replace(owner: Any, name: str, value: Any) -> None:
 def finish(config: TrainConfig, world_size: int, logs: Path) -> None:
     with ranks(config, world_size, logs) as running:
         assert running.wait() == [0] * world_size, running.output(0)
-
-
-def weights(config: TrainConfig, name: str = checkpoint.LAST) -> dict[str, Tensor]:
-    model: dict[str, Tensor] = checkpoint.load_safely(config.folder / name)["model"]
-    return model
-
-
-def is_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
-
-
-def lines(config: TrainConfig) -> list[dict[str, Any]]:
-    """Metrics without what the clock says."""
-    return [
-        {key: value for key, value in line.items() if key not in {"seconds", "images_per_second"}}
-        for line in read_metrics(config.folder)
-    ]
 
 
 def status(config: TrainConfig) -> dict[str, Any]:

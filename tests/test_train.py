@@ -28,6 +28,7 @@ from simclr.optim import learning_rate_at
 from simclr.runlog import read_metrics
 from simclr.views import ViewSpec, two_views
 from tests.helpers import RankError, forget_accelerate_state, run_distributed
+from tests.runs import is_equal, lines, weights
 
 NUM_IMAGES = 100
 BATCH = 24  # 4 steps an epoch, and 4 images left out
@@ -84,11 +85,6 @@ def run(config: TrainConfig, world_size: int = 1) -> None:
         forget_accelerate_state()
 
 
-def weights(config: TrainConfig, name: str = checkpoint.LAST) -> dict[str, Tensor]:
-    model: dict[str, Tensor] = checkpoint.load_safely(config.folder / name)["model"]
-    return model
-
-
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """Norm of the difference of all weights and buffers over the norm of all."""
     assert left.keys() == right.keys()
@@ -97,18 +93,6 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
         differ += float((value.double() - right[name].double()).square().sum())
         size += float(value.double().square().sum())
     return math.sqrt(differ / size)
-
-
-def is_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
-
-
-def lines(config: TrainConfig) -> list[dict[str, Any]]:
-    """Metrics without what the clock says."""
-    return [
-        {key: value for key, value in line.items() if key not in {"seconds", "images_per_second"}}
-        for line in read_metrics(config.folder)
-    ]
 
 
 @pytest.fixture(scope="module")
