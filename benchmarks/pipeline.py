@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import os
 import tempfile
 import time
 import warnings
@@ -29,10 +28,11 @@ from benchmarks import common
 from simclr import beton
 from simclr.data import EpochPlan, ImageSource, open_images
 from simclr.fused_views import FusedViews
+from simclr.host import usable_cores
 from simclr.views import ViewSpec, two_views
 
 SPEC = ViewSpec()
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = usable_cores()
 Candidate = Callable[[], object]
 
 

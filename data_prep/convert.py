@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 import simclr
 from simclr import beton
+from simclr.host import usable_cores
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
 T = TypeVar("T")
@@ -172,11 +172,6 @@ def _summary(facts: beton.Facts) -> str:
         f"{facts.num_images} images of {facts.height} x {facts.width}, {labels}, {facts.encoding}{quality}, "
         f"{facts.file_bytes / 1e6:.1f} MB"
     )
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(pool: Executor, function: Callable[[T], R], items: Sequence[T], size: int) -> Iterator[list[R]]:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from data_prep.convert import Chunk, ConversionError, Source, map_in_order, usable_cores
+from data_prep.convert import Chunk, ConversionError, Source, map_in_order
+from simclr.host import usable_cores
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "val", "test")

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_prep.convert import Chunk, ConversionError, Source, map_in_order, usable_cores
+from data_prep.convert import Chunk, ConversionError, Source, map_in_order
+from simclr.host import usable_cores
 
 SIZE = 32
 VERSION = 1  # of the drawing: any change of a pixel makes another data set

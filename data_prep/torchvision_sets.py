@@ -18,8 +18,9 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
 
-from data_prep.convert import Chunk, ConversionError, Source, usable_cores
+from data_prep.convert import Chunk, ConversionError, Source
 from data_prep.image_folder import resize_and_crop
+from simclr.host import usable_cores
 
 STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
 _CHUNK = 1024

@@ -33,6 +33,7 @@ from accelerate import PartialState
 
 from simclr import beton, checkpoint, distributed, runlog
 from simclr.data import EpochPlan, open_images
+from simclr.host import usable_cores
 from simclr.models import SimCLR
 from simclr.presets import DEFAULT, PRESETS
 
@@ -174,7 +175,7 @@ def disk(options: Options) -> Iterator[Finding]:
 
 def host(options: Options) -> Iterator[Finding]:
     """Threads against cores, and memory that processes of one machine share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     found = f"{LOCAL} process(es) x {torch.get_num_threads()} threads on {cores} cores"
     advice = f"export OMP_NUM_THREADS={max(1, cores // LOCAL)}"
     yield warn_if(LOCAL * torch.get_num_threads() > cores, "CPU", found, advice)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simclr.data import Batch, EpochPlan, ImageSource
+from simclr.host import usable_cores
 from simclr.views import ViewSpec, two_views
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class ViewFeed:
 
 def _spare_cores() -> int:
     """Cores that this process may use and the steps of the processes on this machine leave alone."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return cores - torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -43,6 +43,11 @@ def refusals_explained() -> Iterator[None]:
         raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_freed_memory() -> str | None:
     """Make glibc keep the memory that a training step frees for the next step, instead of giving it back.
 

@@ -7,13 +7,16 @@ several times, means the same.
 from __future__ import annotations
 
 import signal
+import sys
 from types import FrameType
 
 EXIT_SAVED = 75
 """Exit status of a run that was asked to stop and has saved: start it again to go on. EX_TEMPFAIL of sysexits.h.
 Launchers do not hand it on; status.json tells the same."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
+if sys.platform != "win32":  # which has no others
+    SIGNALS += (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error

@@ -26,7 +26,11 @@ from typing import Any, Literal, Self
 import torch
 from tqdm import tqdm
 
+from simclr.host import usable_cores
 from simclr.interruption import Interrupted
+
+if sys.platform != "win32":
+    import fcntl
 
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
@@ -77,7 +81,7 @@ def hardware() -> str:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     memory = ""
     with contextlib.suppress(ValueError, OSError, AttributeError):
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
@@ -239,12 +243,13 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    import fcntl  # POSIX
-
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform == "win32":
+                raise OSError("Windows has no flock")
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise FolderInUseError(
