@@ -53,7 +53,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
-from simclr.views import describe
+from simclr.views import describe, say_view_sizes
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
@@ -103,6 +103,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
             config.view_1,
             config.view_2,
             seed=config.seed,
+            view_sizes=config.view_sizes,
             choice=config.views,
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
@@ -166,6 +167,8 @@ def prepare_model(
     """Return the model, as it is and as accelerate prepared it, and the optimizer; the same weights on every rank."""
     torch.manual_seed(config.seed)
     plain_model = SimCLR(config.model, size)
+    for side, _ in config.view_sizes:
+        plain_model.require_size(side)
     if config.micro_batch_size is not None:
         replace_batch_norm(plain_model)
     elif derived.world_size > 1 and config.global_batch_norm:
@@ -720,6 +723,7 @@ def say_start(
     print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
     for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
         print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
+    print(f"view side:  {say_view_sizes(config.view_sizes, facts.height)}")
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure(config, facts):

@@ -56,13 +56,13 @@ class LossConfig:
 class OptimizerConfig:
     """The optimizer and its learning-rate schedule, a pure function of the step."""
 
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    name: Literal["sgd", "lars", "adamw", "muon"] = "sgd"
 
     base_learning_rate: float = 0.03
     """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
 
     momentum: float = 0.9
-    """sgd and lars: momentum. adamw: beta 1."""
+    """sgd, lars and muon: momentum. adamw: beta 1."""
 
     weight_decay: float = 5e-4
 
@@ -111,6 +111,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     view_1: ViewSpec = field(default_factory=ViewSpec)
     view_2: ViewSpec = field(default_factory=ViewSpec)
+
+    view_sizes: tuple[tuple[int, int], ...] = ()
+    """Side of the views in pixels, and the epochs that it holds for, such as 16 10 24 10: smaller views first take less
+    time. The epochs after these have views of the stored images' side; so has every measurement."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
@@ -188,6 +192,10 @@ class TrainConfig:
         for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        listed = sum(epochs for _, epochs in self.view_sizes)
+        valid_sizes = all(side >= 1 and epochs >= 1 for side, epochs in self.view_sizes) and listed <= self.epochs
+        expected = f"pairs of a side and a number of epochs, each at least 1, for at most epochs = {self.epochs}"
+        _require(valid_sizes, "view_sizes", self.view_sizes, expected)
         _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simclr.data import Batch, EpochPlan, ImageSource
 from simclr.host import usable_cores
-from simclr.views import ViewSpec, two_views
+from simclr.views import ViewSpec, size_at, two_views
 
 if TYPE_CHECKING:
     from simclr import fused_views
@@ -37,6 +37,7 @@ class ViewFeed:
         view_1: Settings of the first view.
         view_2: Settings of the second view.
         seed: Seed of the run.
+        view_sizes: As :func:`simclr.views.size_at` takes them.
         choice: fused: :mod:`simclr.fused_views`, on the CPU. torch: :mod:`simclr.views`, on ``device``. auto: fused on
             a CPU that has numba, unless ``dtype`` is float64, else torch. They differ by rounding.
         device: Where the step runs.
@@ -58,14 +59,15 @@ class ViewFeed:
         view_2: ViewSpec,
         *,
         seed: int,
+        view_sizes: Sequence[tuple[int, int]] = (),
         choice: ViewsChoice = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.source, self.specs, self.seed = source, (view_1, view_2), seed
+        self.source, self.specs, self.seed, self.view_sizes = source, (view_1, view_2), seed, view_sizes
         self.device, self.dtype = torch.device(device), dtype
         self._running: Ahead[Tensor] | None = None
-        self._fused: fused_views.FusedViews | None = None
+        self._fused: dict[int, fused_views.FusedViews] = {}  # by the views' side
         obstacle = _fused_obstacle(self.device, dtype, choice)
         if choice == "fused" and obstacle is not None:
             raise ValueError(f"views cannot be fused, since {obstacle}. Or use --views torch")
@@ -80,15 +82,16 @@ class ViewFeed:
 
             mean, std = source.facts.normalisation
             threads = 1 if self.in_background else torch.get_num_threads()
-            self._fused = fused_views.FusedViews(
-                *self.specs,
-                size=source.facts.height,
-                mean=mean,
-                std=std,
-                dtype=dtype,
-                threads=threads,
-                pin_memory=self.device.type == "cuda",
-            )
+            for size in {*(side for side, _ in view_sizes), source.facts.height}:
+                self._fused[size] = fused_views.FusedViews(
+                    *self.specs,
+                    size=size,
+                    mean=mean,
+                    std=std,
+                    dtype=dtype,
+                    threads=threads,
+                    pin_memory=self.device.type == "cuda",
+                )
             how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
         why = "as configured" if obstacle is None or choice == "torch" else f"since {obstacle}"
         self.reason = f"{where}, {how}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
@@ -102,7 +105,7 @@ class ViewFeed:
             start_step: First step, 0 to ``len(plan)``.
 
         Yields:
-            (2b, 3, S, S), channels_last, on the device: the b first views, then the b second ones.
+            (2b, 3, S, S), channels_last, on the device: the b first views, then the b second ones. S is the epoch's.
 
         Raises:
             ValueError: At the call, as :meth:`simclr.data.ImageSource.batches`.
@@ -120,12 +123,12 @@ class ViewFeed:
             yield self._make(batch, epoch)
 
     def _make(self, batch: Batch, epoch: int) -> Tensor:
-        if self._fused is not None:
-            views = self._fused(batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
+        size = size_at(self.view_sizes, epoch, self.source.facts.height)
+        if self.method == "fused":
+            views = self._fused[size](batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
             # Pinned memory is not used again before the copy has ended: torch's allocator waits for it.
             return views.to(self.device, non_blocking=True)
         mean, std = self.source.facts.normalisation
-        size = self.source.facts.height
         image = batch.image.to(self.device)
         pair = two_views(image, batch.index, *self.specs, seed=self.seed, epoch=epoch, size=size, mean=mean, std=std)
         return torch.cat(pair).to(self.dtype)
@@ -141,8 +144,8 @@ class ViewFeed:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-        if self._fused is not None:
-            self._fused.close()
+        for fused in self._fused.values():
+            fused.close()
 
 
 def _spare_cores() -> int:

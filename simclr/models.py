@@ -90,6 +90,15 @@ class SimCLR(nn.Module):
         h = self.encoder(x)
         return h, self.projector(h)
 
+    def require_size(self, image_size: int) -> None:
+        """Raise ValueError unless the encoder also takes images of side ``image_size``, with the same D."""
+        width = _output_width(self.encoder, image_size)
+        if width != self.representation_dim:
+            raise ValueError(
+                f"the encoder turns images of side {image_size} into {width} numbers, and others into "
+                f"{self.representation_dim}"
+            )
+
 
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     """Return a randomly initialised encoder (b, 3, H, W) -> (b, D). Errors as :class:`SimCLR`."""

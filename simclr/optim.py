@@ -43,7 +43,58 @@ def learning_rate_at(
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class LARS(torch.optim.Optimizer):
+class _TensorByTensor(torch.optim.Optimizer):
+    """An optimizer that updates each tensor by itself and can leave a step out on the device.
+
+    Raises:
+        ValueError: If an option lies outside its range.
+
+    Attributes:
+        _step_supports_amp_scaling: Tells torch's GradScaler that ``step`` heeds ``found_inf``.
+    """
+
+    _step_supports_amp_scaling = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for name, holds, expected in (
+                ("lr", group["lr"] >= 0, "at least 0"),
+                ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
+                ("weight_decay", group["weight_decay"] >= 0, "at least 0"),
+                ("trust_coefficient", group.get("trust_coefficient", 1) > 0, "> 0"),
+            ):
+                if not holds:
+                    raise ValueError(f"{type(self).__name__}: {name} is {group[name]}, expected {expected}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; ``closure``, if given, recomputes and returns the loss.
+
+        Nothing changes if the attribute ``found_inf``, as torch's GradScaler sets it, is a tensor that is 1.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+class LARS(_TensorByTensor):
     """SGD with momentum whose step is scaled per parameter tensor by the ratio of its norm to its gradient's.
 
     For a tensor w with gradient g, at learning rate lr::
@@ -69,15 +120,10 @@ class LARS(torch.optim.Optimizer):
     Raises:
         ValueError: If an option lies outside its range.
 
-    Attributes:
-        _step_supports_amp_scaling: Tells torch's GradScaler that ``step`` heeds ``found_inf``.
-
     Source:
         You et al. 2017, arXiv:1708.03888, with the decayed gradient's norm in the denominator as the Barlow Twins
         authors' code has it (the paper and solo-learn: |g| + weight_decay * |w|, which is at least as large).
     """
-
-    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -99,34 +145,9 @@ class LARS(torch.optim.Optimizer):
             "adapt": adapt,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for name, holds, expected in (
-                ("lr", group["lr"] >= 0, "at least 0"),
-                ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
-                ("weight_decay", group["weight_decay"] >= 0, "at least 0"),
-                ("trust_coefficient", group["trust_coefficient"] > 0, "> 0"),
-            ):
-                if not holds:
-                    raise ValueError(f"LARS: {name} is {group[name]}, expected {expected}")
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; ``closure``, if given, recomputes and returns the loss.
-
-        Nothing changes if the attribute ``found_inf``, as torch's GradScaler sets it, is a tensor that is 1.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        update = parameter.grad.add(parameter, alpha=group["weight_decay"])  # type: ignore[union-attr]
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        update = gradient.add(parameter, alpha=group["weight_decay"])
         if group["adapt"]:
             # on the device: reading the norms would make the host wait for it at every tensor
             weight_norm, update_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(update)
@@ -134,10 +155,7 @@ class LARS(torch.optim.Optimizer):
             if group["clip"]:
                 scale = (scale / group["lr"]).clamp(max=1.0)  # lr 0 gives infinity, hence 1
             update *= torch.where((weight_norm > 0) & (update_norm > 0), scale, torch.ones_like(scale))
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"]
+        buffer = self._momentum(parameter)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             buffer.mul_(group["momentum"]).add_(update)
@@ -146,6 +164,75 @@ class LARS(torch.optim.Optimizer):
             skip = found_inf > 0
             buffer.copy_(torch.where(skip, buffer, buffer * group["momentum"] + update))
             parameter.sub_(torch.where(skip, 0.0, group["lr"] * buffer))
+
+
+class Muon(_TensorByTensor):
+    """Momentum whose step is orthogonalised: every direction in which a weight matrix could move, it moves alike.
+
+    For a tensor w of two or more dimensions, seen as a matrix with ``w.shape[0]`` rows, with gradient g, at learning
+    rate lr::
+
+        buffer = momentum * buffer + g
+        direction = orthogonalise(g + momentum * buffer)
+        w = w - lr * (0.2 * sqrt(max(rows, columns)) * direction + weight_decay * w)
+
+    The factor gives the entries of a step a root mean square of about 0.2, as AdamW's have, so that its learning rates
+    hold here too. Of a tensor of one dimension, n entries long, the direction is the vector divided by its norm and the
+    factor 0.2 * sqrt(n): what the same rule gives for a matrix of one row.
+
+    Args:
+        params: Parameters or groups; a group may set ``weight_decay`` and the other options.
+        lr: Learning rate, >= 0.
+        momentum: In [0, 1).
+        weight_decay: >= 0; decoupled, as AdamW's.
+
+    Raises:
+        ValueError: If an option lies outside its range.
+
+    Source:
+        Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the factor: Liu et al. 2025,
+        arXiv:2502.16982, section 2.2. torch.optim.Muon takes matrices only, no convolutions.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        buffer, momentum = self._momentum(parameter), group["momentum"]
+        new = buffer * momentum + gradient
+        matrix = torch.add(gradient, new, alpha=momentum).reshape(len(parameter) if parameter.ndim > 1 else 1, -1)
+        change = 0.2 * math.sqrt(max(matrix.shape)) * orthogonalise(matrix).reshape(parameter.shape)
+        change = group["lr"] * change.add(parameter, alpha=group["weight_decay"])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            new, change = torch.where(found_inf > 0, buffer, new), torch.where(found_inf > 0, 0.0, change)
+        buffer.copy_(new)
+        parameter.sub_(change)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Return nearly U V^T for a matrix U S V^T, without taking it apart: singular values come to lie about 1.
+
+    Five steps of a Newton-Schulz iteration, X <- a X + (b A + c A^2) X with A = X X^T, from X = matrix / |matrix|. Its
+    coefficients rise as steeply as they can from 0, and let singular values from 0.01 to 1 end between 0.65 and 1.25;
+    smaller ones stay smaller, and 0 stays 0. A matrix of one row is divided by its norm, which is exact.
+
+    Args:
+        matrix: (rows, columns), float32 or float64.
+
+    Source:
+        Jordan et al. 2024, as for :class:`Muon`; Bernstein & Newhouse 2024, arXiv:2409.20325, for the idea.
+    """
+    tiny = torch.finfo(matrix.dtype).tiny
+    x: Tensor = matrix / torch.linalg.vector_norm(matrix).clamp_min(tiny)
+    if min(matrix.shape) == 1:
+        return x
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -213,15 +300,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool
         return sgd
     if config.name == "adamw":
         return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), fused=skippable or None)
-    lars = LARS(
-        groups,
-        lr=0.0,
-        momentum=config.momentum,
-        trust_coefficient=config.lars_trust_coefficient,
-        clip=config.lars_clip,
-    )
-    lars._step_supports_amp_scaling = skippable
-    return lars
+    optimizer: LARS | Muon
+    if config.name == "muon":
+        optimizer = Muon(groups, lr=0.0, momentum=config.momentum)
+    else:
+        optimizer = LARS(
+            groups,
+            lr=0.0,
+            momentum=config.momentum,
+            trust_coefficient=config.lars_trust_coefficient,
+            clip=config.lars_clip,
+        )
+    optimizer._step_supports_amp_scaling = skippable
+    return optimizer
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:

@@ -84,6 +84,8 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
         (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
+        (TrainConfig, {"view_sizes": ((16, 0),)}, r"view_sizes is \(\(16, 0\),\), expected pairs of a side and"),
+        (TrainConfig, {"epochs": 5, "view_sizes": ((16, 3), (24, 3))}, "for at most epochs = 5"),
         (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
         (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
         (TrainConfig, {"optimizer": OptimizerConfig(momentum=1)}, "momentum is 1"),
@@ -107,6 +109,7 @@ def test_json_gives_an_equal_configuration_back() -> None:
         stop_at_step=3,
         optimizer=OptimizerConfig(gradient_clip_norm=1.5, base_learning_rate=1e-5),
         view_1=ViewSpec(crop_scale=(0.3, 0.9), blur_kernel=5),
+        view_sizes=((16, 10), (24, 20)),
     )
     assert from_json(TrainConfig, to_json(config)) == config
     probe = ProbeConfig(run=Path("r"), mode="finetune", learning_rates=(0.5,))

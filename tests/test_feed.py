@@ -38,11 +38,11 @@ def views_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "views"]
 
 
-def by_hand(source: ImageSource, epoch: int, start_step: int = 0) -> list[Tensor]:
+def by_hand(source: ImageSource, epoch: int, start_step: int = 0, side: int = 32) -> list[Tensor]:
     mean, std = source.facts.normalisation
     return [
         torch.cat(
-            two_views(batch.image, batch.index, ViewSpec(), OTHER, seed=9, epoch=epoch, size=32, mean=mean, std=std)
+            two_views(batch.image, batch.index, ViewSpec(), OTHER, seed=9, epoch=epoch, size=side, mean=mean, std=std)
         )
         for batch in source.batches(PLAN, epoch=epoch, start_step=start_step)
     ]
@@ -54,6 +54,17 @@ def test_torch_views_are_the_two_views_of_each_batch(source: ImageSource) -> Non
             found = list(feed.batches(PLAN, epoch=3, start_step=1))
         assert [view.dtype for view in found] == [dtype] * 2
         assert all(map(torch.equal, found, [view.to(dtype) for view in by_hand(source, 3, 1)]))
+
+
+@pytest.mark.parametrize("choice", ["torch", "fused"])
+def test_views_have_the_side_of_their_epoch(source: ImageSource, choice: Any) -> None:
+    if choice == "fused":
+        pytest.importorskip("numba")
+    with ViewFeed(source, ViewSpec(), OTHER, seed=9, view_sizes=((16, 1), (40, 2)), choice=choice) as feed:
+        for epoch, side in ((0, 16), (2, 40), (1, 40), (3, 32), (9, 32)):
+            found = list(feed.batches(PLAN, epoch=epoch, start_step=1))
+            assert [tuple(views.shape[1:]) for views in found] == [(3, side, side)] * 2
+            torch.testing.assert_close(torch.cat(found), torch.cat(by_hand(source, epoch, 1, side)), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

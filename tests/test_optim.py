@@ -6,17 +6,21 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr.config import OptimizerConfig
 from simclr.models import ModelConfig, SimCLR
 from simclr.optim import (
     LARS,
+    Muon,
     describe_groups,
     learning_rate_at,
     make_optimizer,
+    orthogonalise,
     parameter_groups,
     set_learning_rate,
 )
@@ -170,7 +174,70 @@ def test_lars_options_out_of_range_raise(name: str, value: float) -> None:
         LARS([{"params": [nn.Parameter(torch.ones(2))], name: value}], lr=0.1)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+# ----------------------------------------------------------------------------------------------------- Muon
+
+
+def orthogonalised_by_hand(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The polynomial, five times over, on each singular value; the singular vectors stay."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.linalg.norm(matrix)
+    if len(s) > 1:
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    product: NDArray[np.float64] = u * s @ vt
+    return product
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3), (5, 5), (1, 6), (6, 1)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_orthogonalise_works_on_singular_values(shape: tuple[int, int], size: float) -> None:
+    matrix = size * np.random.default_rng(0).standard_normal(shape)
+    found = orthogonalise(torch.from_numpy(matrix)).numpy()
+    np.testing.assert_allclose(found, orthogonalised_by_hand(matrix), rtol=0, atol=1e-12)
+    values = np.linalg.svd(found, compute_uv=False)
+    assert 0.65 < values.min() <= values.max() < 1.25
+
+
+def test_what_has_no_direction_stays() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
+    one_direction = torch.outer(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0, 0.0]))
+    found = orthogonalise(one_direction)
+    assert torch.linalg.matrix_rank(found, rtol=1e-4) == 1
+    torch.testing.assert_close(found / found.norm(), one_direction / one_direction.norm())
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (16, 3), (7,), ()], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_muon_is_its_formula(shape: tuple[int, ...], momentum: float) -> None:
+    generator = np.random.default_rng(0)
+    w, gradients = generator.standard_normal(shape), generator.standard_normal((len(RATES), *shape))
+    parameter = nn.Parameter(torch.tensor(w))
+    optimizer = Muon([parameter], lr=0.0, momentum=momentum, weight_decay=0.1)
+    take_steps(optimizer, parameter, torch.from_numpy(gradients), RATES)
+    buffer = np.zeros(shape)
+    for g, lr in zip(gradients, RATES, strict=True):
+        buffer = momentum * buffer + g
+        matrix = (g + momentum * buffer).reshape(shape[0] if len(shape) > 1 else 1, -1)
+        direction = orthogonalised_by_hand(matrix).reshape(shape)
+        w = w - lr * (0.2 * math.sqrt(max(matrix.shape)) * direction + 0.1 * w)
+    np.testing.assert_allclose(parameter.detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LARS, Muon])
+def test_a_step_to_be_left_out_changes_nothing(kind: Any) -> None:
+    parameter = nn.Parameter(torch.ones(2, 3))
+    optimizer = kind([parameter], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for found_inf, gradient in ((1.0, math.nan), (0.0, 1.0), (1.0, math.inf)):
+        before = copy.deepcopy((parameter.detach(), optimizer.state[parameter].get("momentum_buffer")))
+        optimizer.found_inf = torch.tensor(found_inf)
+        parameter.grad = torch.full((2, 3), gradient)
+        optimizer.step()
+        buffer = optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(parameter, before[0]) == bool(found_inf)
+        assert torch.equal(buffer, torch.zeros(2, 3) if before[1] is None else before[1]) == bool(found_inf)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "muon"])
 def test_the_saved_state_continues_bit_for_bit(name: Any) -> None:
     config = OptimizerConfig(name=name, weight_decay=0.1, lars_clip=True)
 
@@ -209,7 +276,7 @@ def model() -> SimCLR:
     return SimCLR(ModelConfig("resnet18", projector="simclr2", projector_hidden=16, projection_dim=8), image_size=32)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "muon"])
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_groups_hold_every_parameter_once(model: SimCLR, name: Any, decay_all: bool) -> None:
     config = OptimizerConfig(name=name, weight_decay=1e-4, decay_biases_and_norms=decay_all)
@@ -225,7 +292,7 @@ def test_groups_hold_every_parameter_once(model: SimCLR, name: Any, decay_all: b
     assert {id(p) for p in held} == {id(p) for p in by_name.values()}
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "muon"])
 def test_biases_and_normalisation_are_excluded_everywhere(model: SimCLR, name: Any) -> None:
     """Found by module, where the code looks at shapes: also in the downsampling paths and the projector."""
     expected = {
@@ -258,6 +325,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
         ("sgd", torch.optim.SGD, {"momentum": 0.8}),
         ("adamw", torch.optim.AdamW, {"betas": (0.8, 0.999)}),
         ("lars", LARS, {"momentum": 0.8, "trust_coefficient": 0.02, "clip": True}),
+        ("muon", Muon, {"momentum": 0.8}),
     ],
 )
 def test_make_optimizer_passes_the_configuration_on(

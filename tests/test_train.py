@@ -130,8 +130,9 @@ def test_several_devices_give_the_weights_of_one(one_device: TrainConfig, tmp_pa
         BARLOW,
         {"optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.01, gradient_clip_norm=0.05)},
         {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w4", projector="simclr3")},
+        {"optimizer": OptimizerConfig(name="muon", base_learning_rate=0.05), "view_sizes": ((16, 1),)},
     ],
-    ids=["barlow_twins", "adamw-clipped", "views-apart"],
+    ids=["barlow_twins", "adamw-clipped", "views-apart", "muon-small-views"],
 )
 def test_so_do_other_losses_optimizers_and_networks(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     runs = [settings(images, tmp_path / str(world_size), epochs=2, **changes) for world_size in (1, 2)]
@@ -273,6 +274,20 @@ def test_a_run_in_pieces_gives_the_same_weights_bit_for_bit(
     assert lines(config) == lines(whole)
     sessions = json.loads((config.folder / "manifest.json").read_text())["sessions"]
     assert [session["from_step"] for session in sessions] == [0, *stops]
+
+
+def test_so_does_one_whose_views_grow(images: Path, tmp_path: Path) -> None:
+    muon = OptimizerConfig(name="muon", base_learning_rate=0.05)
+    whole, pieces = (
+        settings(images, tmp_path / name, view_sizes=((16, 1), (24, 1)), optimizer=muon) for name in ("whole", "pieces")
+    )
+    run(whole)
+    for stop in (STEPS - 1, STEPS, STEPS + 1, None):
+        run(dataclasses.replace(pieces, stop_at_step=stop))
+    assert is_equal(weights(pieces), weights(whole))
+    always_full = settings(images, tmp_path / "full", optimizer=muon)
+    run(always_full)
+    assert difference(weights(always_full), weights(whole)) > 1e-3
 
 
 @pytest.mark.distributed
@@ -474,6 +489,10 @@ def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_
         ({"resume": "must"}, "resume is must, but there is no"),
         ({"model": ModelConfig(encoder="resnet19")}, "timm has no model named 'resnet19'"),
         ({"data": Path("nowhere.beton")}, "nowhere.beton"),
+        (
+            {"view_sizes": ((16, 1),), "model": ModelConfig(encoder="vit_tiny_patch16_224", projection_dim=8)},
+            "cannot take 16x16 images",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_at_once(
