@@ -38,13 +38,8 @@ test-distributed: setup
 smoke: setup
 	$(PYTHON_IN_VENV) -m pytest -m "not slow and not distributed"
 
-# In an environment of its own, so that the audit's packages are not audited. --strict: a package that the service does
-# not know is a failure, not a silent pass. Local versions such as 2.14.1+cu130 are looked up without what follows +.
 audit: setup
-	python3 -m venv .cache/audit
-	.cache/audit/bin/python -m pip install --quiet pip-audit
-	$(PYTHON_IN_VENV) -m pip freeze --exclude-editable | sed -nE 's/^([A-Za-z0-9_.-]+==[^+ ]+).*/\1/p' > .cache/audit/packages.txt
-	.cache/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .cache/audit/packages.txt
+	scripts/audit.sh
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
