@@ -78,14 +78,27 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
         TypeError: If the payload holds anything else, which :func:`load_safely` would refuse.
     """
     _require_plain(payload, "payload")
+
+    def write(file: io.BufferedRandom) -> None:
+        torch.save(payload, file)
+        _seal(file)
+
+    write_atomically(path, write)
+
+
+def write_atomically(path: Path, write: Callable[[io.BufferedRandom], object]) -> None:
+    """Let ``write`` fill a file so that ``path`` is at every moment either the old file or the whole new one.
+
+    Raises:
+        CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
+    """
     # A name of its own, so that two programs that write at once cannot mix their bytes.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a program killed while it wrote
             left_behind.unlink()
         with temporary.open("x+b") as file:
-            torch.save(payload, file)
-            _seal(file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
