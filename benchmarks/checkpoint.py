@@ -1,23 +1,24 @@
-"""How long training waits for a checkpoint.
+"""How long training waits for a checkpoint, and what a checkpoint costs in all.
 
-    python benchmarks/checkpoint.py [REPEATS]
+    python -m benchmarks.checkpoint
+    python -m benchmarks.checkpoint --preset cpu-simclr
 
-The model and optimizer of the preset cifar10-simclr-100 (ResNet-18, SGD with momentum), written to a temporary folder:
-in training's way (copied to host memory, then written by a thread) and in the plain way (the caller waits for the
-disk). Between two saves there is the time that the disk needs, as there is at the presets' interval of one epoch.
+A preset's model and optimizer, with momentum, saved to a temporary folder in turns: in training's way (copied to host
+memory, then written by a thread) and in the plain way (the caller waits for the disk). Between two saves there is the
+time that the disk needs, as there is at the presets' interval of one epoch. Beside a step that keeps all cores busy,
+training loses at most the wait and the processor time of a save.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
+import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks import common
 from simclr import checkpoint
 from simclr.checkpoint import CheckpointWriter, save_atomically
 from simclr.models import SimCLR
@@ -25,9 +26,15 @@ from simclr.optim import make_optimizer
 from simclr.presets import PRESETS
 
 
-def main(repeats: int) -> None:
-    """Print both stalls."""
-    config = PRESETS["cifar10-simclr-100"].config
+def main() -> None:
+    """Measure, print, and write results/benchmarks/checkpoint_<preset>.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="cifar10-simclr-100", choices=PRESETS)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="default: results/benchmarks/checkpoint_<preset>.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = PRESETS[options.preset].config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SimCLR(config.model, 32).to(device)
     optimizer = make_optimizer(model, config.optimizer)
@@ -45,32 +52,38 @@ def main(repeats: int) -> None:
         best_knn_accuracy=None,
         world_size=1,
     )
+    processor: list[float] = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
-        plain = [milliseconds(lambda: save_atomically(folder / checkpoint.LAST, payload)) for _ in range(repeats)]
-        size = (folder / checkpoint.LAST).stat().st_size / 2**20
-        beside, whole = [], []
         with CheckpointWriter(folder, keep=2, last_step=None) as writer:
-            for _ in range(repeats):
-                started = time.perf_counter()
-                beside.append(milliseconds(lambda: writer.save(payload, is_best=False)))
+
+            def beside() -> float:
+                used, started = time.process_time(), time.perf_counter()
+                writer.save(payload, is_best=False)
+                waited = time.perf_counter() - started
                 writer.flush()
-                whole.append((time.perf_counter() - started) * 1e3)
-    print(f"{size:.0f} MiB on {device}, {repeats} saves, milliseconds: median (first, least, most)")
-    for what, values in (("plain", plain), ("beside training", beside), ("until it is on the disk", whole)):
-        print(
-            f"{what:<24}{statistics.median(values):7.1f} ({values[0]:.1f}, {min(values):.1f}, {max(values):.1f})",
-            flush=True,
-        )
+                processor.append(time.process_time() - used)
+                return waited
 
-
-def milliseconds(do: Callable[[], object]) -> float:
-    """Return how long a call takes."""
-    started = time.perf_counter()
-    do()
-    return (time.perf_counter() - started) * 1e3
+            candidates = {
+                "the plain way": lambda: save_atomically(folder / "plain.pt", payload),
+                "beside training": beside,
+            }
+            timings = common.interleave(candidates, rounds=options.rounds)
+        size = (folder / "plain.pt").stat().st_size / 2**20
+    for what, timing in timings.items():
+        print(f"{what:<16} {timing.median * 1e3:7.1f} ms of waiting, spread {timing.spread:.0%}")
+    cost = sorted(processor)[len(processor) // 2]
+    print(f"{size:.0f} MiB on {device}; processor time of a save beside training: {cost * 1e3:.0f} ms")
+    common.write_result(
+        options.output or common.ROOT / "results" / "benchmarks" / f"checkpoint_{options.preset}.json",
+        {
+            "what": f"a checkpoint of {options.preset}, {size:.1f} MiB, on {device}",
+            "waiting": common.as_json(timings),
+            "processor_seconds_beside_training": cost,
+        },
+    )
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    main()
