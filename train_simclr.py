@@ -59,7 +59,7 @@ from simclr.views import describe, say_view_sizes
 FREE_TO_CHANGE = frozenset(
     {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
-    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "views"}
+    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "views", "compile"}
     | {"loss.nt_xent_form", "loss.barlow_twins_form", "loss.kernels"}
 )
 
@@ -174,6 +174,9 @@ def prepare_model(
     elif derived.world_size > 1 and config.global_batch_norm:
         use_global_batch_norm(plain_model, accelerator.device)
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
+    if config.compile != "none":
+        # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
+        plain_model.compile(mode=config.compile, dynamic=False)
     optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
     with warnings.catch_warnings():
         # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
@@ -285,6 +288,8 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     config, derived = run.config, run.derived
     run.guard.begin()
+    if config.compile == "reduce-overhead":
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # all passes belong to one step
     # What passes the network together, so that batch normalisation sees it together
     groups = list(views.chunk(2)) if config.batch_norm_per_view else [views]
     passes = whole_batch if run.units is None else in_micro_batches
@@ -714,6 +719,8 @@ def say_start(
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
+    if config.compile != "none":
+        print(f"compile:    {config.compile}, as configured, for fixed shapes; the first step waits for it")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
     print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")

@@ -120,6 +120,10 @@ class TrainConfig:
     """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
     or CPU is fast at it, else fp32. fp64: everything in float64, to show that two runs are the same."""
 
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    """Whether torch.compile makes the forward and backward pass, for the shapes at hand; the first step then takes
+    seconds to minutes. reduce-overhead: with CUDA graphs, on GPUs. Results differ by rounding."""
+
     global_batch_norm: bool = True
     """Batch normalisation over all devices, so that several devices compute what one would."""
 
@@ -223,6 +227,8 @@ class TrainConfig:
         _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")
         _require(loss.off_diagonal_weight >= 0, "loss.off_diagonal_weight", loss.off_diagonal_weight, "at least 0")
         _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
+        if self.micro_batch_size is not None:
+            _require(self.compile == "none", "compile", self.compile, "none with micro_batch_size, which runs in parts")
         if loss.bf16_matmul:
             _require(loss.nt_xent_form != "matrix", "loss.nt_xent_form", "matrix", "another with loss.bf16_matmul")
 

@@ -85,6 +85,7 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
         (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
         (TrainConfig, {"view_sizes": ((16, 0),)}, r"view_sizes is \(\(16, 0\),\), expected pairs of a side and"),
+        (TrainConfig, {"micro_batch_size": 4, "compile": "default"}, "compile is default, expected none with micro_b"),
         (TrainConfig, {"epochs": 5, "view_sizes": ((16, 3), (24, 3))}, "for at most epochs = 5"),
         (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
         (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
