@@ -94,13 +94,13 @@ def interleave(
         for name in names if number % 2 == 0 else reversed(names):
             times = 1 if calls is None else calls.get(name, 1)
             gc.collect()  # a candidate's garbage is not to be collected in the next one's time
-            _wait_for_gpu()
+            wait_for_gpu()
             before, started = _cpu_seconds(), time.perf_counter()
             own = 0.0
             for _ in range(times):
                 result = candidates[name]()
                 own += result if isinstance(result, float) else 0.0
-            _wait_for_gpu()
+            wait_for_gpu()
             elapsed = time.perf_counter() - started
             if number >= 0:
                 seconds[name].append((own or elapsed) / times)
@@ -208,7 +208,8 @@ def table(timings: Mapping[str, Timing], *, images: int, against: str | None = N
     return "\n".join(lines)
 
 
-def _wait_for_gpu() -> None:
+def wait_for_gpu() -> None:
+    """Return when the GPU, if there is one, has done all that it was asked for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

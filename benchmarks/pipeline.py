@@ -240,9 +240,15 @@ def lightly_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidat
 
 def torchvision_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidate:
     """The v2 transforms of torchvision on PIL images, which is faster than on tensors, twice."""
+    one = torchvision_transform(mean, std)
+    return Loaded(Decoded(pixels, lambda image: (one(image), one(image))), batch_size, batches=6)
+
+
+def torchvision_transform(mean: Any, std: Any) -> Callable[[Any], Any]:
+    """Return a PIL image's way to one view of :data:`SPEC`."""
     from torchvision.transforms import v2
 
-    one = v2.Compose(
+    compose: Callable[[Any], Any] = v2.Compose(
         [
             v2.RandomResizedCrop(32, scale=SPEC.crop_scale, antialias=True),
             v2.RandomHorizontalFlip(),
@@ -253,7 +259,7 @@ def torchvision_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Cand
             v2.Normalize(list(mean), list(std)),
         ]
     )
-    return Loaded(Decoded(pixels, lambda image: (one(image), one(image))), batch_size, batches=6)
+    return compose
 
 
 def kornia_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidate:

@@ -30,12 +30,11 @@ from simclr import beton, host
 from simclr.checkpoint import CheckpointWriter
 from simclr.config import TrainConfig, derive
 from simclr.data import EpochPlan, open_images
-from simclr.feed import AHEAD, Ahead, ViewFeed, ViewsChoice
+from simclr.feed import AHEAD, Ahead, ViewFeed
 from simclr.finite import Guard
 from simclr.fused_views import FusedViews
 from simclr.interruption import Signals
 from simclr.models import SimCLR
-from simclr.optim import make_optimizer
 from simclr.peers import Peers
 from simclr.presets import PRESETS
 
@@ -81,33 +80,31 @@ def main() -> None:
         )
 
 
-def prepare(
-    stack: contextlib.ExitStack, config: TrainConfig, *, with_views: bool
-) -> tuple[dict[str, Callable[[], object]], str]:
-    """Return one step of each loop, and which is this project's."""
+def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: bool = True) -> train_simclr.Run:
+    """Return this project's run, ready for its first step, on images of noise that are written to ``config.data``.
+
+    Args:
+        stack: Closes what the run holds.
+        config: The run; its output folder must exist.
+        on_device: Whether the images lie where the step runs, or are sent there from the host.
+    """
     batch_size = config.global_batch_size
     pixels = np.random.default_rng(0).integers(0, 256, (64 * batch_size, 32, 32, 3), np.uint8)
-    labels = np.zeros(len(pixels), np.int64)
-    beton.write(config.data, pixels, labels, classes=["noise"], source="noise")
-    source = stack.enter_context(open_images(config.data, backend="memory"))
-
+    beton.write(config.data, pixels, np.zeros(len(pixels), np.int64), classes=["noise"], source="noise")
     accelerator, precision = train_simclr.start_devices(config)
     print(f"precision of {OURS}: {precision}")
-    torch.manual_seed(0)
-    plain = SimCLR(config.model, 32).to(accelerator.device).to(memory_format=torch.channels_last)
-    model, optimizer = accelerator.prepare(plain, make_optimizer(plain, config.optimizer))
-    dtype = train_simclr.forward_dtype(accelerator, config)
-    host.keep_freed_memory()
     device = accelerator.device
-
-    def feed_by(choice: ViewsChoice) -> ViewFeed:
-        feed = ViewFeed(source, config.view_1, config.view_2, seed=0, choice=choice, device=device, dtype=dtype)
-        return stack.enter_context(feed)
-
-    feed = feed_by("auto")
+    source = stack.enter_context(
+        open_images(config.data, backend="memory", device=device if on_device else torch.device("cpu"))
+    )
     derived = derive(config, len(pixels), 1)
+    plain, model, optimizer = train_simclr.prepare_model(config, derived, 32, accelerator)
+    model.train()
+    host.keep_freed_memory()
+    dtype = train_simclr.forward_dtype(accelerator, config)
+    feed = stack.enter_context(ViewFeed(source, config.view_1, config.view_2, seed=0, device=device, dtype=dtype))
     plan = EpochPlan(np.arange(len(pixels)), batch_size)
-    run = train_simclr.Run(
+    return train_simclr.Run(
         config=config,
         derived=derived,
         source=source,
@@ -123,10 +120,20 @@ def prepare(
         writer=stack.enter_context(CheckpointWriter(config.folder, keep=1, last_step=None)),
         peers=stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals())),
     )
+
+
+def prepare(
+    stack: contextlib.ExitStack, config: TrainConfig, *, with_views: bool
+) -> tuple[dict[str, Callable[[], object]], str]:
+    """Return one step of each loop, and which is this project's."""
+    run = open_run(stack, config)
+    source, plan, feed = run.source, run.plan, run.feed
+    dtype = train_simclr.forward_dtype(run.accelerator, config)
     views = next(iter(feed.batches(plan)))
     feed.close()
     if with_views:
-        torch_views = iter(feed_by("torch").batches(plan))
+        by_torch = ViewFeed(source, *feed.specs, seed=0, choice="torch", device=feed.device, dtype=dtype)
+        torch_views = iter(stack.enter_context(by_torch).batches(plan))
         mean, std = source.facts.normalisation
         threads = torch.get_num_threads()
         fused = stack.enter_context(

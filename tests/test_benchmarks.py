@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 from benchmarks import common
+from data_prep.convert import Storage, convert
+from data_prep.shapes import shapes
 from tests.helpers import forget_accelerate_state
 
 
@@ -37,6 +41,35 @@ def test_each_benchmark_runs_and_writes_what_it_measured(
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) - 2 == len(written["candidates"]) > 0
     json.dumps(written)
+
+
+@pytest.mark.slow
+def test_what_needs_a_gpu_runs_in_miniature_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for split, number in (("train", 100), ("test", 40)):
+        convert(shapes(0, split, number), tmp_path / f"{split}.beton", Storage())
+    words = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--data", str(tmp_path / "train.beton")]
+    words += ["--output", str(tmp_path / "out"), "--minutes", "3"]
+    done = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.split("=== summary")[1]
+    for piece in ("check", "step", "loss", "accuracy-cifar10-simclr-100"):
+        written = json.loads((tmp_path / "out" / f"{piece}.json").read_text())
+        assert written["summary"]
+        assert all(line in summary for line in written["summary"])
+        assert "hardware" in written["environment"]
+    assert (tmp_path / "out" / "accuracy-cifar10-simclr-100.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert (again.returncode, again.stdout.count("done before")) == (0, 4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured_by_mistake(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path / "out")]
+    done = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "no CUDA device is visible; --quick runs everything in miniature" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_candidates_take_turns_and_are_not_counted_while_warming_up() -> None:

@@ -1,0 +1,1 @@
+"""What needs a GPU, in pieces of at most ten minutes; ``python -m benchmarks.gpu`` runs them in order."""
