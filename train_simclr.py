@@ -53,7 +53,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
-from simclr.views import describe, say_view_sizes
+from simclr.views import describe, say_view_stages
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
@@ -103,7 +103,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
             config.view_1,
             config.view_2,
             seed=config.seed,
-            view_sizes=config.view_sizes,
+            view_stages=config.view_stages,
             choice=config.views,
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
@@ -730,7 +730,7 @@ def say_start(
     print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
     for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
         print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
-    print(f"view side:  {say_view_sizes(config.view_sizes, facts.height)}")
+    print(f"view side:  {say_view_stages(config.view_stages, facts.height)}")
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure(config, facts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -112,9 +113,9 @@ class TrainConfig:
     view_1: ViewSpec = field(default_factory=ViewSpec)
     view_2: ViewSpec = field(default_factory=ViewSpec)
 
-    view_sizes: tuple[tuple[int, int], ...] = ()
-    """Side of the views in pixels, and the epochs that it holds for, such as 16 10 24 10: smaller views first take less
-    time. The epochs after these have views of the stored images' side; so has every measurement."""
+    view_sizes: tuple[tuple[int, float], ...] = ()
+    """Side of the views in pixels, and the share of the epochs that it holds for, such as 16 0.5 24 0.3: smaller views
+    first take less time. The epochs after these have views of the stored images' side; so has every measurement."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
@@ -196,10 +197,10 @@ class TrainConfig:
         for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
-        listed = sum(epochs for _, epochs in self.view_sizes)
-        valid_sizes = all(side >= 1 and epochs >= 1 for side, epochs in self.view_sizes) and listed <= self.epochs
-        expected = f"pairs of a side and a number of epochs, each at least 1, for at most epochs = {self.epochs}"
-        _require(valid_sizes, "view_sizes", self.view_sizes, expected)
+        valid = all(side >= 1 and share > 0 for side, share in self.view_sizes)
+        valid = valid and sum(share for _, share in self.view_sizes) <= 1
+        expected = "pairs of a side of at least 1 and a share > 0 of the epochs, at most 1 in all"
+        _require(valid, "view_sizes", self.view_sizes, expected)
         _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
@@ -236,6 +237,17 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run is kept."""
         return self.output or Path("results") / f"{self.name}-seed{self.seed}"
+
+    @property
+    def view_stages(self) -> tuple[tuple[int, int], ...]:
+        """``view_sizes`` with whole epochs in place of shares; each ends at the last epoch that its share reaches."""
+        stages, before, share_before = [], 0, 0.0
+        for side, share in self.view_sizes:
+            share_before += share
+            end = math.floor(share_before * self.epochs + 1e-9)  # 0.7 * 10 is a little less than 7
+            stages.append((side, end - before))
+            before = end
+        return tuple(stages)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class ViewFeed:
         view_1: Settings of the first view.
         view_2: Settings of the second view.
         seed: Seed of the run.
-        view_sizes: As :func:`simclr.views.size_at` takes them.
+        view_stages: As :func:`simclr.views.size_at` takes them.
         choice: fused: :mod:`simclr.fused_views`, on the CPU. torch: :mod:`simclr.views`, on ``device``. auto: fused on
             a CPU that has numba, unless ``dtype`` is float64, else torch. They differ by rounding.
         device: Where the step runs.
@@ -59,12 +59,12 @@ class ViewFeed:
         view_2: ViewSpec,
         *,
         seed: int,
-        view_sizes: Sequence[tuple[int, int]] = (),
+        view_stages: Sequence[tuple[int, int]] = (),
         choice: ViewsChoice = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.source, self.specs, self.seed, self.view_sizes = source, (view_1, view_2), seed, view_sizes
+        self.source, self.specs, self.seed, self.view_stages = source, (view_1, view_2), seed, view_stages
         self.device, self.dtype = torch.device(device), dtype
         self._running: Ahead[Tensor] | None = None
         self._fused: dict[int, fused_views.FusedViews] = {}  # by the views' side
@@ -82,7 +82,7 @@ class ViewFeed:
 
             mean, std = source.facts.normalisation
             threads = 1 if self.in_background else torch.get_num_threads()
-            for size in {*(side for side, _ in view_sizes), source.facts.height}:
+            for size in {*(side for side, _ in view_stages), source.facts.height}:
                 self._fused[size] = fused_views.FusedViews(
                     *self.specs,
                     size=size,
@@ -123,7 +123,7 @@ class ViewFeed:
             yield self._make(batch, epoch)
 
     def _make(self, batch: Batch, epoch: int) -> Tensor:
-        size = size_at(self.view_sizes, epoch, self.source.facts.height)
+        size = size_at(self.view_stages, epoch, self.source.facts.height)
         if self.method == "fused":
             views = self._fused[size](batch.image.cpu(), batch.index, seed=self.seed, epoch=epoch)
             # Pinned memory is not used again before the copy has ended: torch's allocator waits for it.

@@ -27,7 +27,7 @@ from simclr.beton import Facts
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.evaluation import CLASSIFIER, Candidate, Curve
 from simclr.runlog import write_json
-from simclr.views import describe, say_view_sizes
+from simclr.views import describe, say_view_stages
 
 MARKDOWN, HTML, RESULT = "report.md", "report.html", "probe.json"
 
@@ -706,7 +706,7 @@ def _say_pretraining(result: ProbeResult, figures: set[str]) -> list[Block]:
         ("precision", run.precision),
         ("batch normalisation", "over all devices" if run.global_batch_norm else "per device"),
         ("seed", str(run.seed)),
-        ("side of the views", say_view_sizes(run.view_sizes, result.pretraining_facts.height)),
+        ("side of the views", say_view_stages(run.view_stages, result.pretraining_facts.height)),
         ("augmentation, view 1", describe(run.view_1)),
         ("augmentation, view 2", describe(run.view_2)),
         ("data", f"{result.pretraining_facts.source}, {result.pretraining_facts.num_images:,} images without labels"),

@@ -373,24 +373,24 @@ def apply_view(
     return _normalise(planes, mean, std)
 
 
-def size_at(view_sizes: Sequence[tuple[int, int]], epoch: int, stored: int) -> int:
+def size_at(view_stages: Sequence[tuple[int, int]], epoch: int, stored: int) -> int:
     """Return the side of an epoch's views in pixels.
 
     Args:
-        view_sizes: Sides, and the epochs that each holds for, in order.
+        view_stages: Sides, and the epochs that each holds for, in order.
         epoch: From 0.
         stored: Side of the stored images, which holds after those epochs.
     """
-    for side, epochs in view_sizes:
+    for side, epochs in view_stages:
         if epoch < epochs:
             return side
         epoch -= epochs
     return stored
 
 
-def say_view_sizes(view_sizes: Sequence[tuple[int, int]], stored: int) -> str:
+def say_view_stages(view_stages: Sequence[tuple[int, int]], stored: int) -> str:
     """Return them in words."""
-    return "".join(f"{side} pixels for {epochs} epochs, then " for side, epochs in view_sizes) + f"{stored} pixels"
+    return "".join(f"{side} pixels for {epochs} epochs, then " for side, epochs in view_stages) + f"{stored} pixels"
 
 
 def two_views(

@@ -84,9 +84,9 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
         (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
-        (TrainConfig, {"view_sizes": ((16, 0),)}, r"view_sizes is \(\(16, 0\),\), expected pairs of a side and"),
+        (TrainConfig, {"view_sizes": ((0, 0.5),)}, r"view_sizes is \(\(0, 0.5\),\), expected pairs of a side of at l"),
         (TrainConfig, {"micro_batch_size": 4, "compile": "default"}, "compile is default, expected none with micro_b"),
-        (TrainConfig, {"epochs": 5, "view_sizes": ((16, 3), (24, 3))}, "for at most epochs = 5"),
+        (TrainConfig, {"view_sizes": ((16, 0.6), (24, 0.6))}, "share > 0 of the epochs, at most 1 in all"),
         (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
         (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
         (TrainConfig, {"optimizer": OptimizerConfig(momentum=1)}, "momentum is 1"),
@@ -103,6 +103,20 @@ def test_fields_out_of_range_are_named(part: Any, changes: dict[str, Any], messa
         part(**changes)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "expected"),
+    [
+        (10, (), ()),
+        (10, ((16, 0.7),), ((16, 7),)),
+        (10, ((16, 0.35), (24, 0.35)), ((16, 3), (24, 4))),
+        (1, ((24, 0.85),), ((24, 0),)),  # what is left is of the stored side
+        (3, ((16, 0.1), (20, 0.9)), ((16, 0), (20, 3))),
+    ],
+)
+def test_shares_of_the_epochs_become_whole_ones(epochs: int, sizes: Any, expected: Any) -> None:
+    assert TrainConfig(epochs=epochs, view_sizes=sizes).view_stages == expected
+
+
 def test_json_gives_an_equal_configuration_back() -> None:
     config = TrainConfig(
         data=Path("a b/c.beton"),
@@ -110,7 +124,7 @@ def test_json_gives_an_equal_configuration_back() -> None:
         stop_at_step=3,
         optimizer=OptimizerConfig(gradient_clip_norm=1.5, base_learning_rate=1e-5),
         view_1=ViewSpec(crop_scale=(0.3, 0.9), blur_kernel=5),
-        view_sizes=((16, 10), (24, 20)),
+        view_sizes=((16, 0.5), (24, 0.25)),
     )
     assert from_json(TrainConfig, to_json(config)) == config
     probe = ProbeConfig(run=Path("r"), mode="finetune", learning_rates=(0.5,))

@@ -60,7 +60,7 @@ def test_torch_views_are_the_two_views_of_each_batch(source: ImageSource) -> Non
 def test_views_have_the_side_of_their_epoch(source: ImageSource, choice: Any) -> None:
     if choice == "fused":
         pytest.importorskip("numba")
-    with ViewFeed(source, ViewSpec(), OTHER, seed=9, view_sizes=((16, 1), (40, 2)), choice=choice) as feed:
+    with ViewFeed(source, ViewSpec(), OTHER, seed=9, view_stages=((16, 1), (40, 2)), choice=choice) as feed:
         for epoch, side in ((0, 16), (2, 40), (1, 40), (3, 32), (9, 32)):
             found = list(feed.batches(PLAN, epoch=epoch, start_step=1))
             assert [tuple(views.shape[1:]) for views in found] == [(3, side, side)] * 2

@@ -130,7 +130,7 @@ def test_several_devices_give_the_weights_of_one(one_device: TrainConfig, tmp_pa
         BARLOW,
         {"optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.01, gradient_clip_norm=0.05)},
         {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w4", projector="simclr3")},
-        {"optimizer": OptimizerConfig(name="muon", base_learning_rate=0.05), "view_sizes": ((16, 1),)},
+        {"optimizer": OptimizerConfig(name="muon", base_learning_rate=0.05), "view_sizes": ((16, 0.5),)},
     ],
     ids=["barlow_twins", "adamw-clipped", "views-apart", "muon-small-views"],
 )
@@ -293,7 +293,8 @@ def test_a_compiled_run_is_the_same_and_goes_on_without(
 def test_so_does_one_whose_views_grow(images: Path, tmp_path: Path) -> None:
     muon = OptimizerConfig(name="muon", base_learning_rate=0.05)
     whole, pieces = (
-        settings(images, tmp_path / name, view_sizes=((16, 1), (24, 1)), optimizer=muon) for name in ("whole", "pieces")
+        settings(images, tmp_path / name, view_sizes=((16, 0.35), (24, 0.35)), optimizer=muon)
+        for name in ("whole", "pieces")
     )
     run(whole)
     for stop in (STEPS - 1, STEPS, STEPS + 1, None):
@@ -504,7 +505,7 @@ def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_
         ({"model": ModelConfig(encoder="resnet19")}, "timm has no model named 'resnet19'"),
         ({"data": Path("nowhere.beton")}, "nowhere.beton"),
         (
-            {"view_sizes": ((16, 1),), "model": ModelConfig(encoder="vit_tiny_patch16_224", projection_dim=8)},
+            {"view_sizes": ((16, 0.5),), "model": ModelConfig(encoder="vit_tiny_patch16_224", projection_dim=8)},
             "cannot take 16x16 images",
         ),
     ],
