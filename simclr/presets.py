@@ -114,7 +114,7 @@ _CPU_BARLOW = dataclasses.replace(
     view_1=ViewSpec(crop_scale=(0.3, 1.0)),
     view_2=ViewSpec(crop_scale=(0.3, 1.0)),
 )
-_CPU_SOURCE = "own search for 2 CPU cores and 5 minutes (docs/experiment_log.md)"
+_CPU_SOURCE = "own search for 2 CPU cores (docs/experiment_log.md)"
 
 # The shapes differ in outline only, so colours are made to tell little, and crops leave most of the shape.
 _DEMO_VIEW = ViewSpec(
@@ -147,7 +147,7 @@ _PRESETS = (
     ),
     Preset(
         _CPU_SOURCE,
-        "CIFAR-10 (JPEG q75), test set, one seed: not measured",
+        "CIFAR-10 (JPEG q75), test set, seed 0, 52 minutes: kNN 72.3 %, linear 75.0 %",
         dataclasses.replace(
             _CPU_MUON,
             name="cpu-simclr-hour",
