@@ -142,7 +142,7 @@ _PRESETS = (
     ),
     Preset(
         _CPU_SOURCE,
-        "CIFAR-10 (JPEG q75), test set, three seeds: not measured",
+        "CIFAR-10 (JPEG q75), seed 0: validation kNN 64.8 %; test set not measured",
         dataclasses.replace(_CPU_MUON, name="cpu-simclr"),
     ),
     Preset(
