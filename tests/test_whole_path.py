@@ -63,7 +63,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
     assert sum(losses[0][-10:]) == pytest.approx(sum(losses[1][-10:]), rel=0.05)
-    assert losses[1][-1] < losses[1][0] < math.log(2 * 256 - 1)
+    assert losses[1][-1] < min(losses[1][0], math.log(2 * 256 - 1))  # below what knowing nothing gives
 
     # What two processes began, one finishes.
     run(sys.executable, "train_simclr.py", *options, "--output", two)
