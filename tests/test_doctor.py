@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from simclr import beton, doctor
+from simclr.host import usable_cores
 from tests.helpers import forget_accelerate_state
 from tests.test_launch import ROOT, environment, run
 
@@ -121,7 +123,7 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path: Path) -> None:
-    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}"'
+    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}" && mount -t tmpfs -o size=64m none /dev/shm'
     if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
         pytest.skip("this user may not mount a file system in a namespace of its own")
     driver = "printf '#!/bin/sh\\necho NVIDIA H100, 470.1\\n' > nvidia-smi; chmod +x nvidia-smi"
@@ -132,6 +134,9 @@ def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path:
     assert status == 1
     assert lines["disk"][0].startswith(f"problem {tmp_path}: 4 MB free; 4 checkpoints of cifar10-simclr-100 take")
     assert "no such file" in lines["data"][0]
+    assert lines["/dev/shm"] == [
+        "warning 64 MiB free. NCCL may fail, as in containers with 64 MiB: docker run --shm-size 1g"
+    ]
     if torch.cuda.is_available() or not os.environ.get("CUDA_VISIBLE_DEVICES", "unset"):
         return  # torch can use the driver here, or is told not to
     assert lines["GPUs"][0].startswith("problem the driver finds NVIDIA H100, 470.1, but torch none")
@@ -142,14 +147,29 @@ def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path:
 @pytest.mark.distributed
 def test_two_processes_measure_what_lies_between_them_and_tell_of_each_others_faults(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    # Rank 1 alone looks for a folder that it may not write.
-    script = 'OUT="$0"; [ "$RANK" = 1 ] && OUT=/proc/none; exec "$1" -m simclr.doctor --output "$OUT" --world-size 2'
-    status, output = run(*torchrun, "sh", "-c", script, str(tmp_path), sys.executable)
+    # Rank 1 alone looks for a folder that it may not write, and its clock is 5 seconds ahead.
+    ahead = tmp_path / "ahead.py"
+    ahead.write_text(
+        "import runpy, time\nnow = time.time\ntime.time = lambda: now() + 5\n"
+        "runpy.run_module('simclr.doctor', run_name='__main__', alter_sys=True)\n"
+    )
+    script = (
+        '[ "$RANK" = 1 ] && PYTHONPATH=. exec "$1" "$2" --output /proc/none --world-size 2; '
+        'exec "$1" -m simclr.doctor --output "$0" --world-size 2'
+    )
+    cores = usable_cores()
+    env = environment(OMP_NUM_THREADS=str(cores))  # for each of two processes
+    status, output = run(*torchrun, "sh", "-c", script, str(tmp_path), sys.executable, str(ahead), env=env)
     lines = lines_of(output)
     assert status == 1
+    assert lines["CPU"][0].startswith(
+        f"warning 2 process(es) x {cores} threads on {cores} cores. export OMP_NUM_THREADS="
+    )
     assert lines["processes"] == ["ok 2 take part, 2 are meant to"]
     assert lines["all-reduce"][0].startswith("ok 64 MiB in ")
-    assert lines["clocks"][0].startswith("ok at most ")
+    skew = re.match(r"warning at most (\d+)\.\d ms apart", lines["clocks"][0])
+    assert skew is not None
+    assert 4500 < int(skew[1]) < 5500
     assert len(lines["versions"]) == 1, "rank 1 speaks through rank 0"
     assert [line[:10] for line in lines["disk"]] == ["ok " + str(tmp_path)[:7], "problem ra"]
     assert "rank 1: cannot write in /proc" in lines["disk"][1]
