@@ -23,11 +23,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from simclr import runlog
+from simclr import beton, runlog
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,6 +185,12 @@ def as_json(timings: Mapping[str, Timing], *, images: int | None = None) -> dict
         }
         for name, timing in timings.items()
     }
+
+
+def write_noise(path: Path, number: int, side: int = 32) -> None:
+    """Write a .beton file of ``number`` images of noise, ``side`` x ``side``."""
+    pixels = np.random.default_rng(0).integers(0, 256, (number, side, side, 3), np.uint8)
+    beton.write(path, pixels, np.zeros(number, np.int64), classes=["noise"], source="noise")
 
 
 def write_result(path: Path, values: Mapping[str, Any]) -> None:

@@ -52,8 +52,7 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             options.data, options.output = folder / "noise.beton", folder / "pipeline.json"
             options.batch_size, options.rounds = 32, 1
-            pixels = np.random.default_rng(0).integers(0, 256, (128, 32, 32, 3), np.uint8)
-            beton.write(options.data, pixels, np.zeros(128, np.int64), classes=["noise"], source="noise")
+            common.write_noise(options.data, 128)
         torch.set_num_threads(CORES)
         candidates, calls = prepare(stack, options.data, options.batch_size, quick=options.quick)
         timings = common.interleave(candidates, rounds=options.rounds, calls=calls)
@@ -219,47 +218,53 @@ class Decoded(torch.utils.data.Dataset[Any]):
 
 
 def lightly_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidate:
-    """The transform of lightly for SimCLR on CIFAR-10, colour strength 0.5, without blur."""
+    """The transform of lightly for SimCLR."""
+    return Loaded(Decoded(pixels, lightly_transform(mean, std)), batch_size, batches=6)
+
+
+def lightly_transform(mean: Any, std: Any, spec: ViewSpec = SPEC, size: int = 32) -> Callable[[Any], Any]:
+    """Return a PIL image's way to its two views with lightly, for settings without blur and solarising."""
     from lightly.transforms import SimCLRTransform
 
-    transform = SimCLRTransform(
-        input_size=32,
-        cj_prob=0.8,
-        cj_strength=0.5,
-        cj_bright=0.8,
-        cj_contrast=0.8,
-        cj_sat=0.8,
-        cj_hue=0.2,
-        min_scale=0.2,
-        random_gray_scale=0.2,
+    transform: Callable[[Any], Any] = SimCLRTransform(
+        input_size=size,
+        cj_prob=spec.jitter_probability,
+        cj_strength=1.0,
+        cj_bright=spec.brightness,
+        cj_contrast=spec.contrast,
+        cj_sat=spec.saturation,
+        cj_hue=spec.hue,
+        min_scale=spec.crop_scale[0],
+        random_gray_scale=spec.grayscale_probability,
         gaussian_blur=0.0,
+        hf_prob=spec.flip_probability,
         normalize={"mean": list(mean), "std": list(std)},
     )
-    return Loaded(Decoded(pixels, transform), batch_size, batches=6)
+    return transform
 
 
 def torchvision_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidate:
     """The v2 transforms of torchvision on PIL images, which is faster than on tensors, twice."""
-    one = torchvision_transform(mean, std)
-    return Loaded(Decoded(pixels, lambda image: (one(image), one(image))), batch_size, batches=6)
+    return Loaded(Decoded(pixels, torchvision_transform(mean, std)), batch_size, batches=6)
 
 
-def torchvision_transform(mean: Any, std: Any) -> Callable[[Any], Any]:
-    """Return a PIL image's way to one view of :data:`SPEC`."""
+def torchvision_transform(mean: Any, std: Any, spec: ViewSpec = SPEC, size: int = 32) -> Callable[[Any], Any]:
+    """Return a PIL image's way to its two views with torchvision, for settings without blur and solarising."""
     from torchvision.transforms import v2
 
-    compose: Callable[[Any], Any] = v2.Compose(
+    jitter = v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    one = v2.Compose(
         [
-            v2.RandomResizedCrop(32, scale=SPEC.crop_scale, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
+            v2.RandomResizedCrop(size, scale=spec.crop_scale, ratio=spec.crop_ratio, antialias=True),
+            v2.RandomHorizontalFlip(spec.flip_probability),
+            v2.RandomApply([jitter], p=spec.jitter_probability),
+            v2.RandomGrayscale(spec.grayscale_probability),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(list(mean), list(std)),
         ]
     )
-    return compose
+    return lambda image: (one(image), one(image))
 
 
 def kornia_views(pixels: Any, batch_size: int, mean: Any, std: Any) -> Candidate:

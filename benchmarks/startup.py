@@ -20,10 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import common
-from simclr import beton
 
 WAYS: dict[str, list[str]] = {
     "FFCV, fused views": ["--loader", "ffcv", "--views", "fused"],
@@ -46,8 +43,7 @@ def main() -> None:
         if options.quick:
             ways, options.rounds = {"memory, torch views": WAYS["memory, torch views"]}, 1
             options.data, options.output = Path(folder, "noise.beton"), Path(folder, "startup.json")
-            pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
-            beton.write(options.data, pixels, np.zeros(300, np.int64), classes=["noise"], source="noise")
+            common.write_noise(options.data, 300)
         found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for number in range(options.rounds):
             for name, arguments in ways.items():

@@ -17,7 +17,9 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 import train_simclr
 from benchmarks import common
-from simclr import beton, host
+from simclr import host
 from simclr.checkpoint import CheckpointWriter
 from simclr.config import TrainConfig, derive
 from simclr.data import EpochPlan, open_images
@@ -39,6 +41,7 @@ from simclr.peers import Peers
 from simclr.presets import PRESETS
 
 OURS = "train_simclr"
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
@@ -61,12 +64,15 @@ def main() -> None:
         config = dataclasses.replace(
             config,
             data=Path(folder, "noise.beton"),
+            loader="memory",
             output=Path(folder),
             global_batch_size=batch_size,
             model=dataclasses.replace(config.model, encoder=encoder),
             batch_norm_per_view=False,
+            view_sizes=(),
             num_validation=0,
         )
+        common.write_noise(config.data, 64 * batch_size)
         with contextlib.ExitStack() as stack:
             candidates, ours = prepare(stack, config, with_views=options.with_views)
             timings = common.interleave(candidates, rounds=options.rounds)
@@ -81,29 +87,29 @@ def main() -> None:
 
 
 def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: bool = True) -> train_simclr.Run:
-    """Return this project's run, ready for its first step, on images of noise that are written to ``config.data``.
+    """Return this project's run, ready for its first step.
 
     Args:
         stack: Closes what the run holds.
-        config: The run; its output folder must exist.
+        config: The run; its data and its output folder must exist.
         on_device: Whether the images lie where the step runs, or are sent there from the host.
     """
-    batch_size = config.global_batch_size
-    pixels = np.random.default_rng(0).integers(0, 256, (64 * batch_size, 32, 32, 3), np.uint8)
-    beton.write(config.data, pixels, np.zeros(len(pixels), np.int64), classes=["noise"], source="noise")
     accelerator, precision = train_simclr.start_devices(config)
     print(f"precision of {OURS}: {precision}")
     device = accelerator.device
     source = stack.enter_context(
-        open_images(config.data, backend="memory", device=device if on_device else torch.device("cpu"))
+        open_images(config.data, backend=config.loader, device=device if on_device else torch.device("cpu"))
     )
-    derived = derive(config, len(pixels), 1)
-    plain, model, optimizer = train_simclr.prepare_model(config, derived, 32, accelerator)
+    derived = derive(config, source.facts.num_images, 1)
+    plain, model, optimizer = train_simclr.prepare_model(config, derived, source.facts.height, accelerator)
     model.train()
     host.keep_freed_memory()
     dtype = train_simclr.forward_dtype(accelerator, config)
-    feed = stack.enter_context(ViewFeed(source, config.view_1, config.view_2, seed=0, device=device, dtype=dtype))
-    plan = EpochPlan(np.arange(len(pixels)), batch_size)
+    specs, stages = (config.view_1, config.view_2), config.view_stages
+    feed = stack.enter_context(
+        ViewFeed(source, *specs, seed=config.seed, view_stages=stages, device=device, dtype=dtype)
+    )
+    plan = EpochPlan(np.arange(source.facts.num_images), config.global_batch_size, seed=config.seed)
     return train_simclr.Run(
         config=config,
         derived=derived,
@@ -170,7 +176,7 @@ def prepare(
     loops: dict[str, Callable[[], object]] = {
         OURS: ours,
         "the same without keeping memory": ours_giving_back,
-        "a plain script": plain_loop(config, view_1, view_2, lambda z1, z2: masked_nt_xent(z1, z2, temperature)),
+        "a plain script": plain_loop(config, view_1, view_2, partial(masked_nt_xent, temperature=temperature)),
     }
     if importlib.util.find_spec("lightly") is None:
         print("left out, as it is not installed: lightly")
@@ -181,10 +187,8 @@ def prepare(
     return loops, OURS
 
 
-def plain_loop(
-    config: TrainConfig, view_1: Tensor, view_2: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[], object]:
-    """The loop of most examples, lightly's among them: each view by itself, float32, torch's default layout."""
+def plain_loop(config: TrainConfig, view_1: Tensor, view_2: Tensor, loss: Loss) -> Callable[[], object]:
+    """Return that step in float32 and torch's default layout."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model: nn.Module = SimCLR(config.model, 32).to(device)
@@ -192,13 +196,18 @@ def plain_loop(
 
     def step() -> None:
         give_back_freed_memory()
-        value = loss(model(view_1)[1], model(view_2)[1])
-        optimizer.zero_grad()
-        torch.autograd.backward(value)
-        optimizer.step()
-        value.item()  # to print it, as such scripts do
+        plain_step(model, optimizer, loss, view_1, view_2)
 
     return step
+
+
+def plain_step(model: nn.Module, optimizer: Any, loss: Loss, view_1: Tensor, view_2: Tensor) -> None:
+    """Take the step of most examples, lightly's among them: each view by itself."""
+    value = loss(model(view_1)[1], model(view_2)[1])
+    optimizer.zero_grad()
+    torch.autograd.backward(value)
+    optimizer.step()
+    value.item()  # to print it, as such scripts do
 
 
 def masked_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:

@@ -44,6 +44,26 @@ def test_each_benchmark_runs_and_writes_what_it_measured(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "keys"), [("growth", {"views", "steps"}), ("end_to_end", {"sides", "ratio"})])
+def test_what_is_measured_is_drawn(
+    name: str, keys: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setattr("sys.argv", [name, "--quick"])
+    written: dict[str, Any] = {}
+    monkeypatch.setattr(common, "write_result", lambda path, values: written.update(values))
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert keys <= written.keys()
+    (tmp_path / f"{name}.json").write_text(json.dumps(written))
+    monkeypatch.setattr("sys.argv", ["figures", "--folder", str(tmp_path)])
+    importlib.import_module("benchmarks.figures").main()
+    said = capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"{name}.png"]
+    assert f"written: {tmp_path / name}.png" in said
+    assert said.count("left out, as it was not measured") == 3
+
+
+@pytest.mark.slow
 def test_what_needs_a_gpu_runs_in_miniature_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for split, number in (("train", 100), ("test", 40)):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import Decoded, torchvision_transform
-from benchmarks.step import masked_nt_xent, open_run
+from benchmarks.step import masked_nt_xent, open_run, plain_step
 from simclr.config import TrainConfig
 from simclr.host import usable_cores
 from simclr.losses import nt_xent
@@ -115,12 +116,14 @@ def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
         config = dataclasses.replace(
             config,
             data=Path(name, "noise.beton"),
+            loader="memory",
             output=Path(name),
             precision=variant.precision,
             compile=variant.compile,
             num_validation=0,
             view_sizes=(),
         )
+        common.write_noise(config.data, 64 * config.global_batch_size)
         with contextlib.redirect_stdout(sys.stderr):
             run = open_run(stack, config, on_device=variant.on_device)
         views = endless(lambda: run.feed.batches(run.plan))
@@ -173,9 +176,9 @@ def measure_plain(config: TrainConfig, steps: int) -> dict[str, Any]:
     """What most would write: float32, the default layout, a worker per core, each view by itself."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pixels = np.random.default_rng(0).integers(0, 256, (8 * config.global_batch_size, 32, 32, 3), np.uint8)
-    one = torchvision_transform((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    transform = torchvision_transform((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     loader = torch.utils.data.DataLoader(
-        Decoded(pixels, lambda image: (one(image), one(image))),
+        Decoded(pixels, transform),
         config.global_batch_size,
         shuffle=True,
         drop_last=True,
@@ -188,14 +191,11 @@ def measure_plain(config: TrainConfig, steps: int) -> dict[str, Any]:
     model = SimCLR(config.model, 32).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     batches = endless(lambda: iter(loader))
+    loss = partial(masked_nt_xent, temperature=config.loss.temperature)
 
     def one_step() -> None:
         view_1, view_2 = (view.to(device, non_blocking=True) for view in next(batches))
-        loss = masked_nt_xent(model(view_1)[1], model(view_2)[1], config.loss.temperature)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        loss.item()  # to print it, as such scripts do
+        plain_step(model, optimizer, loss, view_1, view_2)
 
     seconds_of(one_step, min(steps, 10))
     return {"images_per_second": config.global_batch_size / seconds_of(one_step, steps)}
