@@ -256,12 +256,14 @@ def test_a_killed_rank_is_noticed_and_named_within_5_seconds(
         assert running.wait(5, (1 - victim,)) == [1], running.output(1 - victim)
         print(f"noticed after {time.monotonic() - started:.1f} s")
         assert name in running.output(1 - victim)
-    if victim == 1:
-        assert status(config)["state"] == "failed"
-        assert name in status(config)["reason"]
     newest = checkpoint.load_newest(config.folder)
     assert newest is not None
-    assert newest.payload["step"] == status(config)["step"]  # what was under way to the disk has arrived
+    # What rank 0 had under way to the disk has arrived, unless it was itself killed: then never less than it told of.
+    assert newest.payload["step"] >= status(config)["step"]
+    if victim == 1:
+        assert newest.payload["step"] == status(config)["step"]
+        assert status(config)["state"] == "failed"
+        assert name in status(config)["reason"]
 
 
 @pytest.mark.distributed
