@@ -142,7 +142,7 @@ _PRESETS = (
     ),
     Preset(
         _CPU_SOURCE,
-        "CIFAR-10 (JPEG q75), seed 0: validation kNN 64.8 %; test set not measured",
+        "CIFAR-10 (JPEG q75), test set, two seeds, 6 minutes: kNN 64.3 to 64.9 %, linear 66.5 to 66.9 %",
         dataclasses.replace(_CPU_MUON, name="cpu-simclr"),
     ),
     Preset(
