@@ -277,14 +277,13 @@ def test_a_run_in_pieces_gives_the_same_weights_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_a_compiled_run_is_the_same_and_goes_on_without(
     one_device: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     config = dataclasses.replace(one_device, output=tmp_path / "run", compile="default")
-    run(dataclasses.replace(config, stop_at_step=STEPS + 1), 2)
+    run(dataclasses.replace(config, stop_at_step=STEPS + 1))
     assert any((tmp_path / "cache").rglob("*.so"))  # something was compiled
     run(dataclasses.replace(config, compile="none"))
     assert difference(weights(config), weights(one_device)) < 1e-11
