@@ -6,6 +6,7 @@ Shape letters: b images, H x W pixels, D representation width, d projection widt
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ class ModelConfig:
 
     encoder: str = "resnet18"
     """Any timm model name, or small_resnet_wN (N: width of the first stage): one basic block per stage at widths
-    N, 2N, 4N, for CPUs."""
+    N, 2N, 4N, for CPUs; or small_resnet_wN_dD: the same and a 1x1 convolution that widens the representation to D."""
 
     stem: Stem = "auto"
     """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
@@ -103,24 +104,12 @@ class SimCLR(nn.Module):
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     """Return a randomly initialised encoder (b, 3, H, W) -> (b, D). Errors as :class:`SimCLR`."""
     if name.startswith("small_resnet_w"):
-        width = name.removeprefix("small_resnet_w")
-        if not width.isdecimal() or int(width) < 1:
-            raise ValueError(f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48")
-        w = int(width)
-        # Blocks that begin as the identity, timm's default, help deep networks; this one learns faster without.
-        encoder: nn.Module = ResNet(
-            BasicBlock,  # type: ignore[arg-type]
-            layers=(1, 1, 1),
-            channels=(w, 2 * w, 4 * w),
-            num_classes=0,
-            zero_init_last=False,
-        )
-        encoder.layer4 = nn.Identity()  # timm's forward pass names four stages
+        encoder = _small_resnet(name)
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         return encoder
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
-        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN")
+        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN[_dD]")
     if stem == "auto":
         stem = "cifar" if image_size <= SMALL_IMAGE else "original"
     try:
@@ -182,6 +171,33 @@ def use_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 def count_parameters(module: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _small_resnet(name: str) -> nn.Module:
+    """Return small_resnet_wN or small_resnet_wN_dD, with timm's first layers."""
+    match = re.fullmatch(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?", name)
+    if match is None:
+        raise ValueError(
+            f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48, or with _d and "
+            "the representation's width, such as small_resnet_w48_d768"
+        )
+    width = int(match[1])
+    # Blocks that begin as the identity, timm's default, help deep networks; this one learns faster without.
+    encoder: nn.Module = ResNet(
+        BasicBlock,  # type: ignore[arg-type]
+        layers=(1, 1, 1),
+        channels=(width, 2 * width, 4 * width),
+        num_classes=0,
+        zero_init_last=False,
+    )
+    # timm's forward pass names four stages. Here the fourth may be what MobileNets end with: a linear classifier reads
+    # more from a wide representation, and on maps this small it costs little.
+    encoder.layer4 = nn.Identity()
+    if match[2]:
+        widen = nn.Conv2d(4 * width, int(match[2]), 1, bias=False)
+        nn.init.kaiming_normal_(widen.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+        encoder.layer4 = nn.Sequential(widen, nn.BatchNorm2d(widen.out_channels), nn.ReLU(inplace=True))
+    return encoder
 
 
 def _create(name: str, **options: Any) -> nn.Module:

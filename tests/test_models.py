@@ -42,6 +42,7 @@ ENCODERS = {
     ("resnet18", 16): 512,
     ("resnet50", 16): 2048,
     ("small_resnet_w16", 32): 64,
+    ("small_resnet_w16_d96", 32): 96,
     ("vit_tiny_patch16_224", 32): 192,
     ("convnext_atto", 16): 320,
     ("mobilenetv3_small_050", 16): 1024,
@@ -115,6 +116,26 @@ def test_small_resnet_has_one_block_per_stage_at_the_widths_named() -> None:
     assert list(encoder.get_submodule("layer4").parameters()) == []
 
 
+def test_small_resnet_widens_its_representation_before_it_is_averaged() -> None:
+    """ReLU, then the mean over the map: the order matters, and the parts before it stay those of the narrow network."""
+    torch.manual_seed(0)
+    narrow = make_encoder("small_resnet_w4", "auto", 32)
+    wide = make_encoder("small_resnet_w4_d20", "auto", 32)
+    assert {n for n, _ in wide.named_parameters()} - {n for n, _ in narrow.named_parameters()} == {
+        "layer4.0.weight",
+        "layer4.1.weight",
+        "layer4.1.bias",
+    }
+    wide.load_state_dict(narrow.state_dict(), strict=False)
+    x = torch.randn(3, 3, 32, 32)
+    maps: list[Tensor] = []
+    narrow.get_submodule("layer3").register_forward_hook(lambda *args: maps.append(args[2]))
+    narrow.eval()(x)
+    weight = wide.get_parameter("layer4.0.weight")[:, :, 0, 0]
+    widened = torch.einsum("oc,bchw->bohw", weight, maps[0]) / (1 + 1e-5) ** 0.5  # of batch normalisation, untrained
+    torch.testing.assert_close(wide.eval()(x), widened.clamp_min(0).mean((2, 3)))
+
+
 def test_a_transformers_patches_fit_small_images() -> None:
     proj = make_encoder("vit_tiny_patch16_224", "auto", 32).get_submodule("patch_embed.proj")
     assert isinstance(proj, nn.Conv2d)
@@ -174,6 +195,8 @@ def test_the_seed_decides_the_weights(name: str) -> None:
         ("small_resnet_w", "auto", 32, "expected small_resnet_w and a width, such as small_resnet_w48"),
         ("small_resnet_w0", "auto", 32, "expected small_resnet_w and a width"),
         ("small_resnet_wide", "auto", 32, "expected small_resnet_w and a width"),
+        ("small_resnet_w8_d", "auto", 32, "small_resnet_w48, or with _d and the representation's width"),
+        ("small_resnet_w8_d0", "auto", 32, "expected small_resnet_w and a width"),
         ("nfnet_f0", "cifar", 32, "stem.conv1, is a ScaledStdConv2d, not a plain convolution; use stem original"),
         ("inception_v3", "original", 32, "cannot take 32x32 images with this stem"),
         ("vit_tiny_patch16_224", "original", 15, "cannot|timm"),
