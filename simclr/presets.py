@@ -141,12 +141,12 @@ _PRESETS = (
     ),
     Preset(
         _CPU_SOURCE,
-        "not measured",
+        "CIFAR-10 (JPEG q75), test set, seed 0, 7 minutes: kNN 66.4 %, linear 71.9 %",
         dataclasses.replace(_CPU_MUON, name="cpu-simclr"),
     ),
     Preset(
         _CPU_SOURCE,
-        "not measured",
+        "CIFAR-10 (JPEG q75), test set, seeds 0 and 1, 29 and 30 minutes: kNN 71.8 and 71.3 %, linear 76.2 and 75.7 %",
         dataclasses.replace(
             _CPU_MUON,
             name="cpu-simclr-16",
