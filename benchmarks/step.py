@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
 from benchmarks import common
@@ -77,13 +78,18 @@ def main() -> None:
             candidates, ours = prepare(stack, config, with_views=options.with_views)
             timings = common.interleave(candidates, rounds=options.rounds)
         print(common.table(timings, images=batch_size, against=ours))
-        common.write_result(
-            options.output,
-            {
-                "what": f"one training step: {encoder}, {batch_size} images, 2 views each",
-                "candidates": common.as_json(timings, images=batch_size),
-            },
-        )
+        result: dict[str, Any] = {
+            "what": f"one training step: {encoder}, {batch_size} images, 2 views each",
+            "candidates": common.as_json(timings, images=batch_size),
+        }
+        if not options.with_views:
+            flops = step_flops(config)
+            limits = measure_limits(2 * batch_size, 128 if options.quick else 2048, options.rounds)
+            result |= {"flop": flops, "limits": limits}
+            rate = flops / timings[ours].median / 1e9
+            reached = ", ".join(f"{rate / limit:.0%} of {name} ({limit:,.0f})" for name, limit in limits.items())
+            print(f"{ours}: {flops / 1e9:,.0f} GFLOP a step, {rate:,.0f} GFLOP/s: {reached}")
+        common.write_result(options.output, result)
 
 
 def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: bool = True) -> train_simclr.Run:
@@ -185,6 +191,44 @@ def prepare(
 
         loops["a plain script with lightly's loss"] = plain_loop(config, view_1, view_2, NTXentLoss(temperature))
     return loops, OURS
+
+
+def step_flops(config: TrainConfig) -> float:
+    """Return the floating-point operations of a step's forward and backward pass, both views, without the loss."""
+    model, images = SimCLR(config.model, 32), 4
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(model(torch.randn(images, 3, 32, 32))[1].sum())
+    return float(counter.get_total_flops()) / images * 2 * config.global_batch_size
+
+
+def measure_limits(images: int, side: int, rounds: int) -> dict[str, float]:
+    """Return what this device reaches in float32, in GFLOP/s: what a step's arithmetic is made of, and nothing else.
+
+    Args:
+        images: How many the convolutions take: those of ResNet-18's four stages on 32 x 32 images, channels last.
+        side: Of the matrices.
+        rounds: How often each is timed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, side, side, device=device)
+    maps = [
+        torch.randn(images, width, pixels, pixels, device=device).to(memory_format=torch.channels_last)
+        for width, pixels in ((64, 32), (128, 16), (256, 8), (512, 4))
+    ]
+    weights = [torch.randn(x.shape[1], x.shape[1], 3, 3, device=device) for x in maps]
+    weights = [weight.to(memory_format=torch.channels_last) for weight in weights]
+
+    def convolve() -> None:
+        with torch.no_grad():
+            for x, weight in zip(maps, weights, strict=True):
+                F.conv2d(x, weight, padding=1)
+
+    work = {
+        "a matrix product": (2 * side**3, lambda: a @ b),
+        "its convolutions forward": (sum(2 * 9 * x.numel() * x.shape[1] for x in maps), convolve),
+    }
+    timings = common.interleave({name: do for name, (_, do) in work.items()}, rounds=rounds)
+    return {name: flops / timings[name].median / 1e9 for name, (flops, _) in work.items()}
 
 
 def plain_loop(config: TrainConfig, view_1: Tensor, view_2: Tensor, loss: Loss) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -16,8 +17,10 @@ import pytest
 import torch
 
 from benchmarks import common
+from benchmarks.step import step_flops
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
+from simclr.presets import PRESETS
 from tests.helpers import forget_accelerate_state
 
 
@@ -41,6 +44,15 @@ def test_each_benchmark_runs_and_writes_what_it_measured(
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) - 2 == len(written["candidates"]) > 0
     json.dumps(written)
+    if arguments == ["step"]:
+        assert min(written["limits"].values()) > 0
+
+
+def test_operations_of_a_step_are_the_published_ones() -> None:
+    """The CIFAR ResNet-18 is published at 0.556 billion multiplications and additions an image, forward."""
+    config = dataclasses.replace(PRESETS["cifar10-simclr-100"].config, global_batch_size=3)
+    forward_and_backward = 3 * 2 * 0.556e9
+    assert step_flops(config) == pytest.approx(3 * 2 * forward_and_backward, rel=0.01)  # 3 images, 2 views
 
 
 @pytest.mark.slow

@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import Decoded, torchvision_transform
-from benchmarks.step import masked_nt_xent, open_run, plain_step
+from benchmarks.step import masked_nt_xent, open_run, plain_step, step_flops
 from simclr.config import TrainConfig
 from simclr.host import usable_cores
 from simclr.losses import nt_xent
@@ -215,14 +214,6 @@ def seconds_of(do: Callable[[], object], times: int = 1) -> float:
         do()
     common.wait_for_gpu()
     return (time.perf_counter() - started) / times
-
-
-def step_flops(config: TrainConfig) -> float:
-    """Return the floating-point operations of a step's forward and backward pass, both views, without the loss."""
-    model, images = SimCLR(config.model, 32), 4
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(model(torch.randn(images, 3, 32, 32))[1].sum())
-    return float(counter.get_total_flops()) / images * 2 * config.global_batch_size
 
 
 def measure_limits(quick: bool) -> dict[str, float]:
