@@ -210,7 +210,6 @@ def measure_limits(images: int, side: int, rounds: int) -> dict[str, float]:
         rounds: How often each is timed.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2, side, side, device=device)
     maps = [
         torch.randn(images, width, pixels, pixels, device=device).to(memory_format=torch.channels_last)
         for width, pixels in ((64, 32), (128, 16), (256, 8), (512, 4))
@@ -223,12 +222,18 @@ def measure_limits(images: int, side: int, rounds: int) -> dict[str, float]:
             for x, weight in zip(maps, weights, strict=True):
                 F.conv2d(x, weight, padding=1)
 
-    work = {
-        "a matrix product": (2 * side**3, lambda: a @ b),
-        "its convolutions forward": (sum(2 * 9 * x.numel() * x.shape[1] for x in maps), convolve),
+    flops = sum(2 * 9 * x.numel() * x.shape[1] for x in maps)
+    seconds = common.interleave({"": convolve}, rounds=rounds)[""].median
+    return {
+        "a matrix product": matrix_product_rate(side, torch.float32, rounds) / 1e9,
+        "ResNet-18's convolutions forward": flops / seconds / 1e9,
     }
-    timings = common.interleave({name: do for name, (_, do) in work.items()}, rounds=rounds)
-    return {name: flops / timings[name].median / 1e9 for name, (flops, _) in work.items()}
+
+
+def matrix_product_rate(side: int, dtype: torch.dtype, rounds: int) -> float:
+    """Return the floating-point operations per second of a product of two square matrices on this device."""
+    a, b = torch.randn(2, side, side, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    return 2 * side**3 / common.interleave({"": lambda: a @ b}, rounds=rounds)[""].median
 
 
 def plain_loop(config: TrainConfig, view_1: Tensor, view_2: Tensor, loss: Loss) -> Callable[[], object]:

@@ -27,7 +27,7 @@ from torch import Tensor
 import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import Decoded, torchvision_transform
-from benchmarks.step import masked_nt_xent, open_run, plain_step, step_flops
+from benchmarks.step import masked_nt_xent, matrix_product_rate, open_run, plain_step, step_flops
 from simclr.config import TrainConfig
 from simclr.host import usable_cores
 from simclr.losses import nt_xent
@@ -227,9 +227,7 @@ def measure_limits(quick: bool) -> dict[str, float]:
         ("bfloat16", torch.bfloat16, True),
     ):
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-        timing = common.interleave({name: lambda a=a, b=b: a @ b}, rounds=2 if quick else 20)[name]  # type: ignore[misc]
-        limits[f"{name} TFLOP/s"] = 2 * n**3 / timing.median / 1e12
+        limits[f"{name} TFLOP/s"] = matrix_product_rate(n, dtype, rounds=2 if quick else 20) / 1e12
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = common.interleave({"copy": lambda: target.copy_(source)}, rounds=2 if quick else 20)["copy"]
