@@ -71,7 +71,7 @@ def main() -> None:
         folder = Path(name)
         if options.quick:
             options.images, options.output = draw_images(folder / "drawn", 200), folder / "end_to_end.json"
-            options.encoder, options.epochs, options.batch_size, options.number = "small_resnet_w4", 2, 16, 100
+            options.encoder, options.epochs, options.batch_size, options.number = "small_resnet_w8", 2, 16, 100
         if options.images is None:
             parser.error("--images is missing: a folder with one folder of images per class")
         try:

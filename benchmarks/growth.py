@@ -60,7 +60,7 @@ def main() -> None:
         if options.quick:
             base, axes, options.rounds, options.output = QUICK_BASE, QUICK_AXES, 1, folder / "growth.json"
             step_axes, per_round, options.batch_size = {axis: QUICK_AXES[axis] for axis in STEP_AXES}, 64, 8
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder="small_resnet_w4"))
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder="small_resnet_w8"))
         views = measure_views(folder, base, axes, per_round, options.rounds)
         steps = measure_steps(folder, config, step_axes, options.batch_size, options.rounds)
     what = {

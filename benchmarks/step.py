@@ -60,7 +60,7 @@ def main() -> None:
     encoder, batch_size = options.encoder or config.model.encoder, options.batch_size
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
-            encoder, batch_size, options.rounds = "small_resnet_w4", 8, 1
+            encoder, batch_size, options.rounds = "small_resnet_w8", 8, 1
             options.output = Path(folder, "step.json")
         config = dataclasses.replace(
             config,

@@ -25,13 +25,16 @@ ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
 # Below this side an ImageNet stem, which divides it by 4, throws most of the image away.
 SMALL_IMAGE = 64
 
+# Input channels that a 1x1 convolution with a stride must have: see _require_right_gradients.
+_FEWEST_CHANNELS = 8
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What to build."""
 
     encoder: str = "resnet18"
-    """Any timm model name, or small_resnet_wN (N: width of the first stage): one basic block per stage at widths
+    """Any timm model name, or small_resnet_wN (N: width of the first stage, from 8): one basic block per stage at widths
     N, 2N, 4N, for CPUs; or small_resnet_wN_dD: the same and a 1x1 convolution that widens the representation to D."""
 
     stem: Stem = "auto"
@@ -106,6 +109,7 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     if name.startswith("small_resnet_w"):
         encoder = _small_resnet(name)
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
+        _require_right_gradients(encoder, name)
         return encoder
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
@@ -131,7 +135,25 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
             if not isinstance(first_conv, str):
                 raise ValueError(f"timm does not say which layer of {name} is the first convolution; use stem original")
             _fit_first_layers(encoder, first_conv, stem, name)
+    _require_right_gradients(encoder, name)
     return encoder
+
+
+def _require_right_gradients(encoder: nn.Module, name: str) -> None:
+    """Refuse a network whose gradients some CPUs compute wrongly, on every machine: a run must not depend on its CPU.
+
+    oneDNN's backward pass of a 1x1 convolution with a stride, in channels_last, with fewer than 8 input channels, writes
+    past its buffers on CPUs with AVX2 and no AVX-512 (uxlfoundation/oneDNN issue 6035): one thread damages the heap, two
+    return gradients that are 17 to 50 % off.
+    """
+    for where, layer in encoder.named_modules():
+        is_strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+        if is_strided and layer.in_channels < _FEWEST_CHANNELS:
+            raise ValueError(
+                f"model.encoder {name}: the 1x1 convolution {where} has stride {max(layer.stride)} and "
+                f"{layer.in_channels} input channels. On CPUs without AVX-512 its gradient is wrong for fewer than "
+                f"{_FEWEST_CHANNELS} (oneDNN issue 6035); use a wider network, such as small_resnet_w8"
+            )
 
 
 def make_projector(config: ModelConfig, representation_dim: int) -> nn.Module:

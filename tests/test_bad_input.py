@@ -53,7 +53,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
     config = TrainConfig(
         data=images,
         output=output,
-        model=ModelConfig(encoder="small_resnet_w4", projector_hidden=8, projection_dim=8),
+        model=ModelConfig(encoder="small_resnet_w8", projector_hidden=8, projection_dim=8),
         optimizer=OptimizerConfig(warmup_epochs=0),
         global_batch_size=16,
         epochs=1,
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
     mounted = f'mount -t tmpfs -o size=1m none "{tmp_path}"'
     if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
         pytest.skip("this user may not mount a file system in a namespace of its own")
-    words = ["--data", str(images), "--output", str(tmp_path / "run"), "--model.encoder", "small_resnet_w4"]
+    words = ["--data", str(images), "--output", str(tmp_path / "run"), "--model.encoder", "small_resnet_w8"]
     words += ["--epochs", "4", "--global-batch-size", "16", "--num-validation", "0", "--loader", "memory"]
     words += ["--checkpoint-every-steps", "1", "--keep-checkpoints", "99", "--views", "torch"]
     command = f'"{sys.executable}" train_simclr.py demo "$@"; echo "status $?"; cat "{tmp_path}/run/status.json"'

@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
     data=Path("elsewhere/train.beton"),
     output=None,
     seed=3,
-    model=ModelConfig("small_resnet_w4", projector_hidden=6, projection_dim=5),
+    model=ModelConfig("small_resnet_w8", projector_hidden=6, projection_dim=5),
     optimizer=OptimizerConfig(name="lars", gradient_clip_norm=1.5),
     view_2=ViewSpec(crop_scale=(0.3, 0.9), solarise_probability=0.2),
 )

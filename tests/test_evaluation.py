@@ -57,7 +57,7 @@ def source(file: Path) -> Iterator[ImageSource]:
 def an_encoder() -> nn.Module:
     """A small encoder (b, 3, 16, 16) -> (b, 16) whose batch normalisations have seen other statistics than 0 and 1."""
     torch.manual_seed(1)
-    encoder = make_encoder("small_resnet_w4", "auto", SIDE)
+    encoder = make_encoder("small_resnet_w8", "auto", SIDE)
     generator = torch.Generator().manual_seed(2)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -457,7 +457,7 @@ def save(path: Path, classifier: Classifier, facts: beton.Facts) -> None:
     evaluation.save_classifier(
         path,
         classifier,
-        pretraining=TrainConfig(model=ModelConfig(encoder="small_resnet_w4")),
+        pretraining=TrainConfig(model=ModelConfig(encoder="small_resnet_w8")),
         pretraining_facts=facts,
         probe=ProbeConfig(run=Path("results/a")),
     )

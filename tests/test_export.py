@@ -59,7 +59,7 @@ def test_an_exported_encoder_is_the_pretrained_one(tmp_path: Path) -> None:
 
 
 def test_what_is_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, "small_resnet_w4")
+    write_run(tmp_path, "small_resnet_w8")
     path = tmp_path / "out.safetensors"
     done = export(tmp_path / checkpoint.BEST, "--output", path)
     assert done.returncode == 0, done.stderr

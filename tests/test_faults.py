@@ -56,7 +56,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "output": output,
         "epochs": EPOCHS,
         "global_batch_size": BATCH,
-        "model": ModelConfig(encoder="small_resnet_w4", projector_hidden=16, projection_dim=8),
+        "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
         "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1),
         "precision": "fp64",
         "num_validation": 30,

@@ -20,7 +20,7 @@ from simclr.models import ModelConfig, SimCLR
 
 SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
 CLASSES = ("red", "green", "blue")
-MODEL = ModelConfig(encoder="small_resnet_w4", projector_hidden=8, projection_dim=4)
+MODEL = ModelConfig(encoder="small_resnet_w8", projector_hidden=8, projection_dim=4)
 RATES, DECAYS = (0.01, 0.1, 0.3), (0.0, 1e-3)
 
 

@@ -51,7 +51,7 @@ class Parallel(nn.Module):
 
 
 def parallel_model() -> SimCLR:
-    model = make_model("small_resnet_w4").double()
+    model = make_model("small_resnet_w8").double()
     torch.manual_seed(2)
     model.encoder = Parallel().double()
     model.projector = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8)).double()
@@ -88,14 +88,14 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-ENCODERS = ["small_resnet_w4", "resnet10t", "resnet50", "vit_tiny_patch16_224"]
+ENCODERS = ["small_resnet_w8", "resnet10t", "resnet50", "vit_tiny_patch16_224"]
 
 
 @pytest.mark.parametrize("encoder", [*ENCODERS, "parallel"])
 @pytest.mark.parametrize("rows", [VIEWS, 7, 2])  # one part; a last one that is smaller; many
 def test_parts_give_the_step_of_the_whole(encoder: str, rows: int) -> None:
     if encoder == "resnet50" and rows == 2:
-        pytest.skip("small_resnet_w4 shows it in less time")
+        pytest.skip("small_resnet_w8 shows it in less time")
     model = parallel_model() if encoder == "parallel" else make_model(encoder)
     other = copy.deepcopy(model)
     expected, found = plainly(model, views()), in_parts(other, views(), rows)
@@ -113,7 +113,7 @@ def test_parts_give_the_step_of_the_whole(encoder: str, rows: int) -> None:
 
 def test_statistics_of_each_micro_batch_would_be_another_step() -> None:
     # So the test above would notice.
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     other = copy.deepcopy(model)
     expected = plainly(model, views())
     found = torch.cat([other(part)[1] for part in views().split(7)])  # type: ignore[no-untyped-call]
@@ -121,7 +121,7 @@ def test_statistics_of_each_micro_batch_would_be_another_step() -> None:
 
 
 def test_a_second_batch_is_as_exact_as_the_first() -> None:
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     other = copy.deepcopy(model)
     for x in (views(), views().flip(0) * 2):
         plainly(model, x)
@@ -133,7 +133,7 @@ def test_a_second_batch_is_as_exact_as_the_first() -> None:
 
 def test_in_autocast_parts_round_as_the_whole_does() -> None:
     autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    exact, whole, parts = (make_model("small_resnet_w4", dtype=torch.float32) for _ in range(3))
+    exact, whole, parts = (make_model("small_resnet_w8", dtype=torch.float32) for _ in range(3))
     x = views(torch.float32)
     plainly(exact, x)
     with autocast():
@@ -166,7 +166,7 @@ def watching_passes(model: nn.Module) -> Iterator[list[tuple[int, bool]]]:
 
 
 def test_no_pass_is_of_more_than_a_micro_batch() -> None:
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     with watching_passes(model) as seen:
         in_parts(model, views(), 7)
     assert max(rows for rows, _ in seen) == 7
@@ -175,7 +175,7 @@ def test_no_pass_is_of_more_than_a_micro_batch() -> None:
 @pytest.mark.parametrize("has_batch_norm", [False, True])
 def test_passes_are_as_many_as_said(has_batch_norm: bool) -> None:
     """Without batch normalisation one forward pass more; a layer that its unit begins with costs no more either."""
-    model = make_model("small_resnet_w4", "none")
+    model = make_model("small_resnet_w8", "none")
     normalise = (lambda: GlobalBatchNorm(4)) if has_batch_norm else nn.Identity
     torch.manual_seed(0)
     model.encoder = nn.Sequential(
@@ -212,7 +212,7 @@ def bytes_kept(step: Any) -> int:
 
 
 def test_autograd_keeps_a_micro_batch_at_most() -> None:
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     whole = bytes_kept(lambda: plainly(model, views()))
     parts = bytes_kept(lambda: in_parts(model, views(), 2))
     assert parts < whole / 8
@@ -223,7 +223,7 @@ def test_autograd_keeps_a_micro_batch_at_most() -> None:
 
 def step_of_share(rank: int, world_size: int, rows: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     assert dist.get_world_size() == world_size
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     x = torch.cat([half.chunk(world_size)[rank] for half in views().chunk(2)])
     z = in_parts(model, x, rows)
     average_gradients(model.parameters())
@@ -233,7 +233,7 @@ def step_of_share(rank: int, world_size: int, rows: int) -> tuple[Tensor, list[T
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_parts_on_several_ranks_give_the_step_of_one(world_size: int) -> None:
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     expected = plainly(model, views())
     answers = run_distributed(step_of_share, world_size, 3)
     assert len(answers) == world_size
@@ -250,7 +250,7 @@ def test_parts_on_several_ranks_give_the_step_of_one(world_size: int) -> None:
 
 
 def test_layers_that_draw_anew_in_each_pass_are_refused() -> None:
-    model = make_model("small_resnet_w4")
+    model = make_model("small_resnet_w8")
     model.projector = nn.Sequential(model.projector, nn.Dropout(0.1))
     with pytest.raises(ValueError, match=r"layer projector.1 drops units at random"):
         split_into_units(model, SIDE)
@@ -266,7 +266,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
             y: Tensor = self.norm(self.norm(x)).mean((2, 3))
             return y
 
-    model = make_model("small_resnet_w4", "none")
+    model = make_model("small_resnet_w8", "none")
     model.encoder = Twice().double()
     with pytest.raises(ValueError, match="runs twice in one pass"):
         in_parts(model.train(), views(), 5)

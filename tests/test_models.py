@@ -119,8 +119,8 @@ def test_small_resnet_has_one_block_per_stage_at_the_widths_named() -> None:
 def test_small_resnet_widens_its_representation_before_it_is_averaged() -> None:
     """ReLU, then the mean over the map: the order matters, and the parts before it stay those of the narrow network."""
     torch.manual_seed(0)
-    narrow = make_encoder("small_resnet_w4", "auto", 32)
-    wide = make_encoder("small_resnet_w4_d20", "auto", 32)
+    narrow = make_encoder("small_resnet_w8", "auto", 32)
+    wide = make_encoder("small_resnet_w8_d20", "auto", 32)
     assert {n for n, _ in wide.named_parameters()} - {n for n, _ in narrow.named_parameters()} == {
         "layer4.0.weight",
         "layer4.1.weight",
@@ -170,12 +170,12 @@ def test_projectors(kind: ProjectorKind, batch_norm: bool, layers: list[type], b
 
 
 def test_no_projector_is_the_identity() -> None:
-    model = SimCLR(ModelConfig(encoder="small_resnet_w4", projector="none"), image_size=16)
+    model = SimCLR(ModelConfig(encoder="small_resnet_w8", projector="none"), image_size=16)
     h, z = model(torch.randn(2, 3, 16, 16))
     assert torch.equal(h, z)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "small_resnet_w4", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["resnet18", "small_resnet_w8", "vit_tiny_patch16_224"])
 def test_the_seed_decides_the_weights(name: str) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
@@ -197,6 +197,8 @@ def test_the_seed_decides_the_weights(name: str) -> None:
         ("small_resnet_wide", "auto", 32, "expected small_resnet_w and a width"),
         ("small_resnet_w8_d", "auto", 32, "small_resnet_w48, or with _d and the representation's width"),
         ("small_resnet_w8_d0", "auto", 32, "expected small_resnet_w and a width"),
+        ("small_resnet_w7", "auto", 32, "7 input channels.*wrong for fewer than 8.*oneDNN issue 6035"),
+        ("small_resnet_w3_d16", "cifar", 32, "3 input channels.*use a wider network, such as small_resnet_w8"),
         ("nfnet_f0", "cifar", 32, "stem.conv1, is a ScaledStdConv2d, not a plain convolution; use stem original"),
         ("inception_v3", "original", 32, "cannot take 32x32 images with this stem"),
         ("vit_tiny_patch16_224", "original", 15, "cannot|timm"),
@@ -211,6 +213,23 @@ def test_encoders_that_cannot_be_made_raise(name: str, stem: Stem, size: int, me
 def test_widths_below_one_raise(field: str) -> None:
     with pytest.raises(ValueError, match=f"model.{field} must be at least 1, got 0"):
         ModelConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_are_right_on_this_cpu_at_the_least_width(threads: int) -> None:
+    """In float32, as trained: channels last, against float64 in the plain layout. Narrower ones are not right everywhere."""
+    torch.manual_seed(0)
+    model = make_encoder("small_resnet_w8", "auto", 32)
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(64, 3, 32, 32)
+    torch.set_num_threads(threads)
+    model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last)).square().sum().backward()
+    exact(x.double()).square().sum().backward()
+    for (name, parameter), reference in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert reference.grad is not None
+        difference = (parameter.grad - reference.grad).norm() / reference.grad.norm()
+        assert difference < 1e-3, (name, float(difference))
 
 
 # ---------------------------------------------------------------------------------------- several processes
@@ -247,8 +266,8 @@ def whole_step(rank: int, world_size: int, config: ModelConfig, loss: Any) -> di
 @pytest.mark.parametrize(
     ("config", "loss"),
     [
-        (ModelConfig("small_resnet_w4", projector="simclr2", projector_hidden=8, projection_dim=6), nt_xent),
-        (ModelConfig("small_resnet_w4", projector="simclr3", projector_hidden=8, projection_dim=6), nt_xent),
+        (ModelConfig("small_resnet_w8", projector="simclr2", projector_hidden=8, projection_dim=6), nt_xent),
+        (ModelConfig("small_resnet_w8", projector="simclr3", projector_hidden=8, projection_dim=6), nt_xent),
         (ModelConfig("test_efficientnet", projector="barlow3", projector_hidden=8, projection_dim=6), barlow_twins),
     ],
 )

@@ -49,7 +49,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "output": output,
         "epochs": 3,
         "global_batch_size": BATCH,
-        "model": ModelConfig(encoder="small_resnet_w4", projector_hidden=16, projection_dim=8),
+        "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
         "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1 if changes.get("epochs", 3) > 2 else 0),
         "precision": "fp64",
         "num_validation": 30,
@@ -62,7 +62,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
 
 BARLOW: dict[str, Any] = {
     "loss": LossConfig(name="barlow_twins", scale=0.1),
-    "model": ModelConfig(encoder="small_resnet_w4", projector="barlow3", projector_hidden=16, projection_dim=8),
+    "model": ModelConfig(encoder="small_resnet_w8", projector="barlow3", projector_hidden=16, projection_dim=8),
     "optimizer": OptimizerConfig(name="lars", base_learning_rate=1.0, lars_trust_coefficient=0.02, lars_clip=True),
     "view_2": ViewSpec(solarise_probability=0.2),
     "batch_norm_per_view": True,
@@ -129,7 +129,7 @@ def test_several_devices_give_the_weights_of_one(one_device: TrainConfig, tmp_pa
     [
         BARLOW,
         {"optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.01, gradient_clip_norm=0.05)},
-        {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w4", projector="simclr3")},
+        {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w8", projector="simclr3")},
         {"optimizer": OptimizerConfig(name="muon", base_learning_rate=0.05), "view_sizes": ((16, 0.5),)},
     ],
     ids=["barlow_twins", "adamw-clipped", "views-apart", "muon-small-views"],
@@ -631,7 +631,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_command_line_shows_every_derived_number(images: Path, tmp_path: Path) -> None:
-    options = ["demo", "--data", images, "--output", tmp_path / "run", "--model.encoder", "small_resnet_w4"]
+    options = ["demo", "--data", images, "--output", tmp_path / "run", "--model.encoder", "small_resnet_w8"]
     options += ["--epochs", 2, "--global-batch-size", BATCH, "--num-validation", 30, "--optimizer.warmup-epochs", 1]
     options += ["--micro-batch-size", 10, "--loader", "memory", "--optimizer.base-learning-rate", 0.5]
     done = command(*options)
@@ -644,7 +644,7 @@ def test_the_command_line_shows_every_derived_number(images: Path, tmp_path: Pat
         "total_steps = epochs * steps_per_epoch = 2 * 4 = 8",
         "warmup_steps = warmup_epochs * steps_per_epoch = 1 * 4 = 4",
         "peak_learning_rate = base_learning_rate * global_batch_size / 256 = 0.5 * 24 / 256 = 0.046875",
-        "parameters: encoder small_resnet_w4",
+        "parameters: encoder small_resnet_w8",
         "weight decay",
         "loader:     memory",
         "validation kNN",

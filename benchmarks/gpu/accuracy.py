@@ -25,7 +25,7 @@ from simclr.presets import PRESETS
 UNFINISHED = 75  # as train_simclr.py ends when it was asked to stop
 THRESHOLDS = (75.0, 80.0, 85.0, 90.0)
 QUICK = shlex.split(
-    "--epochs 1 --optimizer.warmup-epochs 0 --global-batch-size 16 --num-validation 20 --model.encoder small_resnet_w4"
+    "--epochs 1 --optimizer.warmup-epochs 0 --global-batch-size 16 --num-validation 20 --model.encoder small_resnet_w8"
 )
 QUICK_PROBE = ["--epochs", "1", "--num-validation", "20", "--no-baselines"]
 

@@ -68,7 +68,7 @@ def main() -> None:
     config = PRESETS[options.preset].config
     config = dataclasses.replace(config, global_batch_size=options.batch_size or config.global_batch_size)
     if options.quick:
-        model = dataclasses.replace(config.model, encoder="small_resnet_w4")
+        model = dataclasses.replace(config.model, encoder="small_resnet_w8")
         config, options.steps = dataclasses.replace(config, global_batch_size=8, model=model), 2
     if options.only:
         print(json.dumps(measure_plain(config, options.steps) if options.only == PLAIN else measure(config, options)))
