@@ -32,7 +32,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
-from simclr.batch_norm import replace_batch_norm
 from simclr.beton import Facts, load_facts
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
@@ -41,7 +40,6 @@ from simclr.evaluation import DivergedError
 from simclr.feed import ViewFeed
 from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, Interrupted, Signals
-from simclr.micro_batch import BatchInParts, split_into_units
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
 from simclr.optim import (
     describe_groups,
@@ -53,6 +51,7 @@ from simclr.optim import (
 )
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
+from simclr.recompute import recompute_blocks, require_independent_images
 from simclr.runlog import RunLog, Status
 from simclr.views import describe, say_view_stages
 
@@ -60,7 +59,8 @@ from simclr.views import describe, say_view_stages
 FREE_TO_CHANGE = frozenset(
     {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
-    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "views", "compile"}
+    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "recompute", "views"}
+    | {"compile"}
     | {"loss.nt_xent_form", "loss.barlow_twins_form", "loss.kernels"}
 )
 
@@ -102,7 +102,6 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
         plain_model, model, optimizer = prepare_model(config, derived, size, accelerator)
-        units = None if config.micro_batch_size is None else split_into_units(plain_model, size)
         if config.resume == "must" and not config.folder.exists():
             raise CheckpointError(
                 f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
@@ -157,7 +156,6 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
                     accelerator=accelerator,
                     model=model,
                     plain_model=plain_model,
-                    units=units,
                     optimizer=optimizer,
                     guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
                     progress=progress,
@@ -178,10 +176,12 @@ def prepare_model(
     for side, _ in config.view_sizes:
         plain_model.require_size(side)
     if config.micro_batch_size is not None:
-        replace_batch_norm(plain_model)
-    elif derived.world_size > 1 and config.global_batch_norm:
+        require_independent_images(plain_model)
+    if derived.world_size > 1 and config.global_batch_norm:
         use_global_batch_norm(plain_model, accelerator.device)
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
+    if config.recompute:
+        recompute_blocks(plain_model)
     if config.compile != "none":
         # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
         plain_model.compile(mode=config.compile, dynamic=False)
@@ -222,8 +222,6 @@ class Run:
     """As accelerate prepared it: autocast, and DDP where there are several processes."""
     plain_model: SimCLR
     """The same weights without those wrappers."""
-    units: list[nn.Sequential] | None
-    """The same in parts, where a batch is taken in micro-batches."""
     optimizer: Any
     guard: Guard
     """Takes optimizer steps."""
@@ -298,10 +296,8 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     run.guard.begin()
     if config.compile == "reduce-overhead":
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # all passes belong to one step
-    # What passes the network together, so that batch normalisation sees it together
-    groups = list(views.chunk(2)) if config.batch_norm_per_view else [views]
-    passes = whole_batch if run.units is None else in_micro_batches
-    loss, z1, z2 = passes(run, groups)
+    passes = whole_batch if config.micro_batch_size is None else in_micro_batches
+    loss, z1, z2 = passes(run, views)
     run.accelerator.unscale_gradients(run.optimizer)
     norms = run.guard.gradient_norms()
     if config.optimizer.gradient_clip_norm is not None:
@@ -312,26 +308,34 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), z1.detach(), z2.detach()
 
 
-def whole_batch(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pass this rank's views forward and backward at once; return loss, z1 and z2."""
-    z1, z2 = torch.cat([run.model(group)[1] for group in groups]).chunk(2)
+    z1, z2 = torch.cat([run.model(group)[1] for group in normalised_together(run, views)]).chunk(2)
     return loss_and_backward(run, z1, z2), z1, z2
 
 
-def in_micro_batches(run: Run, groups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same a micro-batch at a time: all projections first, then their gradient, then each micro-batch again."""
-    assert run.units is not None
+def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same with some images at a time in the encoder: see :mod:`simclr.recompute`."""
     assert run.config.micro_batch_size is not None
-    rows = run.config.micro_batch_size * 2 // len(groups)
-    ways = [BatchInParts(run.units, rows, run.accelerator.autocast) for _ in groups]
-    z = torch.cat([way.project(group) for way, group in zip(ways, groups, strict=True)]).requires_grad_()
-    z1, z2 = z.chunk(2)
+    model, parts = run.plain_model, torch.split(views, 2 * run.config.micro_batch_size)
+    with run.accelerator.autocast():
+        with torch.no_grad():
+            h = torch.cat([model.encoder(part) for part in parts])
+        h.requires_grad_()
+        z1, z2 = torch.cat([model.projector(group) for group in normalised_together(run, h)]).chunk(2)
     loss = loss_and_backward(run, z1, z2)
-    assert z.grad is not None
-    for way, gradient in zip(ways, z.grad.chunk(len(groups)), strict=True):
-        way.backward(gradient)
-    distributed.average_gradients(run.plain_model.parameters())  # DDP averages only what passed through it
+    assert h.grad is not None
+    for part, gradient in zip(parts, torch.split(h.grad, 2 * run.config.micro_batch_size), strict=True):
+        with run.accelerator.autocast():
+            again = model.encoder(part)
+        torch.autograd.backward(again, gradient)
+    distributed.average_gradients(model.parameters())  # DDP averages only what passed through it
     return loss, z1, z2
+
+
+def normalised_together(run: Run, rows: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows (2b, ...) of both views as they pass the network: together, or each view by itself."""
+    return rows.chunk(2) if run.config.batch_norm_per_view else (rows,)
 
 
 def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
@@ -769,6 +773,8 @@ def say_start(
     print(f"precision:  {precision}")
     if config.compile != "none":
         print(f"compile:    {config.compile}, as configured, for fixed shapes; the first step waits for it")
+    if config.recompute:
+        print("recompute:  the encoder's blocks, again in the backward pass")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
     print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")

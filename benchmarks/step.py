@@ -125,7 +125,6 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
         accelerator=accelerator,
         model=model,
         plain_model=plain,
-        units=None,
         optimizer=optimizer,
         guard=Guard(plain, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
         progress=train_simclr.Progress(step=1),

@@ -7,7 +7,6 @@ tests can hold that property on a machine without GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,29 +39,12 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         normalised, inverse_std, count = ctx.saved_tensors
-        means = sum_over_ranks(gradient_sums(gradients[0], normalised)) / count
-        return gradient_before(gradients[0], normalised, inverse_std, means), None
-
-
-def gradient_sums(gradient: Tensor, normalised: Tensor) -> Tensor:
-    """Return the sums, (2, c), of the gradients of normalised values, and of the gradients times the values."""
-    gradient, normalised = at_least_float32(gradient), at_least_float32(normalised)
-    over = all_but_channels(gradient)
-    return torch.stack([gradient.sum(over), (gradient * normalised).sum(over)])
-
-
-def gradient_before(gradient: Tensor, normalised: Tensor, inverse_std: Tensor, means: Tensor) -> Tensor:
-    """Return the gradient of what was normalised, in the dtype of the one given.
-
-    Args:
-        gradient: Of the normalised values, (b, c, ...).
-        normalised: They themselves.
-        inverse_std: 1 / standard deviation over the whole batch, (c,).
-        means: :func:`gradient_sums` of the whole batch over its number of values, (2, c).
-    """
-    shape = along_channels(normalised)
-    through_statistics = means[0].view(shape) + at_least_float32(normalised) * means[1].view(shape)
-    return ((at_least_float32(gradient) - through_statistics) * inverse_std.view(shape)).to(gradient.dtype)
+        gradient, y = at_least_float32(gradients[0]), at_least_float32(normalised)
+        over, shape = all_but_channels(y), along_channels(y)
+        means = sum_over_ranks(torch.stack([gradient.sum(over), (gradient * y).sum(over)])) / count
+        through_statistics = means[0].view(shape) + y * means[1].view(shape)
+        before = (gradient - through_statistics) * inverse_std.view(shape)
+        return before.to(gradients[0].dtype), None
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
@@ -90,8 +72,6 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        # What normalises a part of the batch by statistics of the whole, for simclr.micro_batch; None: forward does.
-        self.by_parts: Callable[[Tensor], Tensor] | None = None
         # Applied to the result; timm's BatchNormAct2d has other modules here.
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
@@ -109,19 +89,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         normalised: Tensor
-        if self.training and self.by_parts is not None:
-            normalised = self.by_parts(x)
-        else:
-            normalised, mean, variance, count = _Normalise.apply(x, self.eps)
-            if self.training:
-                self.update_running_statistics(mean, variance, count)
+        normalised, mean, variance, count = _Normalise.apply(x, self.eps)
+        if self.training:
+            self._update_running_statistics(mean, variance, count)
         if not self.affine:
             return normalised
         shape = along_channels(x)
         return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
 
     @torch.no_grad()
-    def update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Take in the mean and the biased variance (c,) of a batch of ``count`` values per channel."""
         if self.running_mean is None:
             return

@@ -38,7 +38,7 @@ _REFUSED = {
     "ACCELERATE_DOWNCAST_BF16": "TPUs are not supported",
     "ACCELERATE_DYNAMO_BACKEND": "use --compile",
     "ACCELERATE_GRADIENT_CLIPPING": "use --optimizer.gradient-clip-norm",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use --micro-batch-size, which gives the result of the whole batch",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use --recompute, which takes the whole batch in less memory",
 }
 _HONOURED = frozenset(
     {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_TORCH_DEVICE"}

@@ -34,9 +34,8 @@ def explained(device: torch.device, per_device_batch_size: int, world_size: int)
         where = device if device.type == "cuda" else device.type
         raise OutOfMemoryError(
             f"out of memory on {where} with per_device_batch_size {per_device_batch_size}"
-            f"{f'; about {fits} source images would fit' if fits else ''}. Lower --micro-batch-size, which leaves the "
-            f"result as it is, or --global-batch-size (now {per_device_batch_size * world_size}), or use more devices. "
-            f"{error}"
+            f"{f'; about {fits} source images would fit' if fits else ''}. Use --recompute, or more devices, which "
+            f"leave the result as it is, or lower --global-batch-size (now {per_device_batch_size * world_size}). {error}"
         ) from error
 
 

@@ -60,12 +60,6 @@ def test_derived_numbers() -> None:
         ({"global_batch_size": 510}, 50_000, 4, "510 is not divisible by the 4 processes; .* 508 or 512"),
         ({"global_batch_size": 2}, 50_000, 4, "use --global-batch-size 4"),
         ({"global_batch_size": 512}, 500, 2, "has 500 images, which do not fill one batch of 512; .* 500"),
-        (
-            {"micro_batch_size": 64, "global_batch_norm": False},
-            50_000,
-            2,
-            "micro_batch_size 64 .* leave one of the two",
-        ),
         ({"num_validation": 5000}, 5000, 1, "leaves none of the 5000 images .* use --num-validation 500"),
     ],
 )
@@ -149,6 +143,12 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
     change(values)
     with pytest.raises(ValueError, match=message):
         from_json(TrainConfig, json.dumps(values))
+
+
+def test_settings_that_earlier_checkpoints_lack_have_their_defaults() -> None:
+    values = json.loads(to_json(TrainConfig(seed=3)))
+    del values["recompute"]
+    assert from_json(TrainConfig, json.dumps(values)) == TrainConfig(seed=3)
 
 
 def test_a_table_comes_back_from_json() -> None:

@@ -342,7 +342,7 @@ def test_a_rank_without_memory_says_what_to_lower_and_the_others_say_why_it_left
     config = settings(images, tmp_path / "run")
     with ranks(config, 2, tmp_path / "logs", fail_on_rank_1) as running:
         assert running.wait(20) == [1, 1]
-        said = "out of memory on cpu with per_device_batch_size 12. Lower --micro-batch-size"
+        said = "out of memory on cpu with per_device_batch_size 12. Use --recompute, or more devices"
         assert said in running.output(1)
         assert "Traceback" not in running.output(1)
         assert f"rank 1 has left at step 5: OutOfMemoryError: {said}" in running.output(0)

@@ -128,7 +128,7 @@ WAYS = {
     "fp16": Way(("--precision", "fp16"), 1e-2),
     "compiled": Way(("--precision", "fp32", "--compile", "default"), 1e-3),
     "graphs": Way(("--precision", "bf16", "--compile", "reduce-overhead"), 3e-2),
-    "micro-batches": Way(("--precision", "fp32", "--micro-batch-size", "4"), 1e-3),
+    "recomputed": Way(("--precision", "fp32", "--recompute"), 1e-3),
     "muon": Way(("--precision", "bf16", "--optimizer.name", "muon"), 3e-2),
     "barlow": Way(("--precision", "bf16", "--loss.name", "barlow_twins"), 3e-2),
     "views from the host": Way(("--precision", "fp32", "--views", "fused"), 1e-3),

@@ -530,7 +530,7 @@ def test_a_launcher_that_accelerate_does_not_understand_is_noticed(monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "value", "way_out"),
     [
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--micro-batch-size"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--recompute"),
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "--optimizer.gradient-clip-norm"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "MULTI_GPU"),
