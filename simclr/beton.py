@@ -462,7 +462,7 @@ class Writer:
         if encoding not in _MODES.values():
             raise BetonError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial = _partial_of(self.path)
         self._encoding: Encoding = encoding
         self._shape = (height, width, 3)
         self._num_images = num_images
@@ -496,6 +496,7 @@ class Writer:
         if not self._committed:  # removed while the lock is held: the next partial file may be another process's
             with suppress(OSError):
                 self._partial.unlink()
+                _partial_of(sidecar_path(self.path)).unlink(missing_ok=True)
         with suppress(OSError):
             self._file.close()
 
@@ -830,7 +831,7 @@ def save_facts(path: PathLike, facts: Facts) -> None:
 def _write_facts(path: PathLike, facts: Facts) -> Path:
     """Writes the sidecar of ``path`` under another name, safely on the disk, for renaming; returns that name."""
     target = sidecar_path(path)
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial_of(target)
     text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
     try:
         with partial.open("wb") as file:
@@ -1007,6 +1008,10 @@ def _open_exclusively(partial: Path) -> IO[bytes]:
             file.close()
             raise
     return file
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _sync_folder(folder: Path) -> None:

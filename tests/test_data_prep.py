@@ -24,7 +24,8 @@ from PIL import Image
 from torchvision import datasets
 
 from data_prep.__main__ import main
-from data_prep.image_folder import resize_and_crop, scan
+from data_prep.image_folder import scan
+from data_prep.read_image import resize_and_crop
 from simclr import beton
 
 REPOSITORY = Path(__file__).parents[1]
