@@ -135,7 +135,7 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         rows = _draw_test(rows, test_fraction, described, found)
 
     index = {label: i for i, label in enumerate(classes)}
-    for split in sorted(described, key=[*SPLITS, *described].index):
+    for split in _in_order(described):
         chosen = [row for row in rows if row.split == split]
         paths = tuple(folder / row.path for row in chosen)
         labels = np.array([-1 if row.label is None else index[row.label] for row in chosen], np.int64)
@@ -151,14 +151,18 @@ def _common_classes(root: Path, rows: list[_Row]) -> list[str]:
     for row in rows:
         if row.split != "unlabeled":
             of_split[row.split] |= {row.label} if row.label is not None else set()
-    (first, reference), *others = of_split.items() or [("", set())]
-    for split, classes in others:
-        if only := sorted(reference ^ classes):
+    first, *others = _in_order(of_split) or [""]
+    for split in others:
+        if only := sorted(of_split[first] ^ of_split[split]):
             raise ConversionError(
                 f"{root}: the classes of {first} and {split} differ: {some(only)} in one only. Images whose labels "
                 "are not to be used can be in a split called unlabeled"
             )
-    return sorted(reference)
+    return sorted(of_split[first])
+
+
+def _in_order(splits: Iterable[str]) -> list[str]:
+    return sorted(splits, key=[*SPLITS, *splits].index)
 
 
 def _remark(root: Path, found: Found) -> None:
@@ -233,26 +237,33 @@ def _walk(root: Path, found: Found) -> _Walk:
             status = folder.stat()
             entries = list(os.scandir(folder))
         except OSError as error:
+            if queue is hidden:
+                found.left_out["hidden folders that cannot be listed", shown(parts[-1])] += 1
+                continue
             raise ConversionError(f"cannot list {shown(folder)}: {error.strerror}") from error
         if (status.st_dev, status.st_ino) in seen:
             found.left_out[_TAKEN, shown(parts[-1])] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
+        kind_of_folder = next(filter(None, map(_kind_of_name, parts)), None)
         if queue is not hidden:
             walk.folders.append(parts)
         for entry in entries:
             inside, is_link = (*parts, entry.name), entry.is_symlink()
-            kind = next(filter(None, map(_kind_of_name, inside)), None)
+            kind = kind_of_folder or _kind_of_name(entry.name)
             if Path(entry).is_dir() if is_link else entry.is_dir():
                 (hidden if kind else links if is_link else folders).append(inside)
             elif kind is _OF_SYSTEMS:
                 found.left_out[kind, "@eaDir, Thumbs.db and the like"] += 1
-            elif _suffix(entry.name) not in suffixes or not (entry.is_file() or is_link):
-                walk.others.append((parts, entry.name))
+            elif _suffix(entry.name) in suffixes and (entry.is_file() or is_link):
+                if kind:
+                    found.left_out[kind, shown(next(filter(_kind_of_name, inside)))] += 1
+                else:
+                    walk.images.append((parts, entry.name))
             elif kind:
-                found.left_out[kind, shown(next(filter(_kind_of_name, inside)))] += 1
+                found.left_out["other hidden files", ""] += 1
             else:
-                walk.images.append((parts, entry.name))
+                walk.others.append((parts, entry.name))
     for _, name in walk.others:
         found.left_out[way_out(_suffix(name)) or _NO_IMAGES, shown(_suffix(name)) or "no suffix"] += 1
     return walk
@@ -415,7 +426,8 @@ def some(names: Iterable[str]) -> str:
 
 
 def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
+    stem, _, suffix = name.rpartition(".")
+    return f".{suffix.lower()}" if stem else ""
 
 
 def _last_two(folder: Path) -> str:

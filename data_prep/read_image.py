@@ -102,8 +102,8 @@ def load(path: Path, resolution: int | None) -> Loaded | str:
             orientation = _orientation(image)
             rgb = _to_rgb(image)
             # Pillow turns TIFF files itself while it loads them, and forgets their orientation.
-            if turn := _TURNS.get(_orientation(image) or 0):
-                rgb = rgb.transpose(turn)
+            if (left := _orientation(image)) in _TURNS:
+                rgb = rgb.transpose(_TURNS[left])
         if is_16_bit and np.asarray(rgb).max() < 64:
             changes.append(DARK)
         if orientation in _TURNS:
