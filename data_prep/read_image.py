@@ -102,8 +102,8 @@ def load(path: Path, resolution: int | None) -> Loaded | str:
             orientation = _orientation(image)
             rgb = _to_rgb(image)
             # Pillow turns TIFF files itself while it loads them, and forgets their orientation.
-            if (left := _orientation(image)) in _TURNS:
-                rgb = rgb.transpose(_TURNS[left])
+            if (remaining := _orientation(image)) in _TURNS:
+                rgb = rgb.transpose(_TURNS[remaining])
         if is_16_bit and np.asarray(rgb).max() < 64:
             changes.append(DARK)
         if orientation in _TURNS:
