@@ -141,6 +141,8 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         labels = np.array([-1 if row.label is None else index[row.label] for row in chosen], np.int64)
         names = tuple(map(shown, classes)) if (labels >= 0).any() else ()
         found.splits[split] = Tree(described[split], names, paths, labels)
+    if escaped := [shown(label) for label in classes if shown(label) != label]:
+        found.remarks.append(f"stored with escapes, as the names are not UTF-8: {some(escaped)}")
     _remark(root, found)
     return found
 
@@ -205,8 +207,8 @@ def _draw_test(rows: list[_Row], fraction: float, described: dict[str, str], fou
     if source != "train":
         del described[source]
     alone = sum(len(members) == 1 for members in of_class.values())
-    rest = f"; none of {alone} classes with a single image" if alone else ""
-    found.remarks.append(f"{rule}: {len(drawn):,} images, the same ones for the same files{rest}")
+    rest = f"; none of the {alone} classes with a single image" if alone else ""
+    found.remarks.append(f"{rule}, so the same ones for the same files{rest}")
     return [
         row._replace(split="test" if row.path in drawn else "train") if row.split == source else row for row in rows
     ]
@@ -420,7 +422,7 @@ def shown(name: str | Path) -> str:
 
 def some(names: Iterable[str]) -> str:
     """The first ten names, for a message."""
-    names = [repr(shown(name)) for name in names]
+    names = [f"'{shown(name)}'" for name in names]
     rest = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 

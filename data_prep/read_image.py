@@ -33,7 +33,7 @@ TURNED = "turned upright, as their EXIF orientation asks"
 NO_EXIF = "taken as they lie: their EXIF, which may hold an orientation, cannot be read"
 FIRST = "of several frames, pages or layers: the first is stored"
 HIGH_BYTE = "of more than 8 bits per channel: the 8 highest are stored"
-DARK = f"of these, nearly black as they do not use the highest bits; to scale them first: {_TO_8_BITS}"
+DARK = f"of more than 8 bits, of which the highest are not used: nearly black. To scale them first: {_TO_8_BITS}"
 ENLARGED = "enlarged: smaller than the resolution"
 
 # Suffixes of what people keep among images and Pillow does not read.
