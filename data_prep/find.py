@@ -28,23 +28,15 @@ SPLITS = {
 
 _SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 _LIKE_SPLITS = {*_SPLIT_OF, "eval", "evaluation", "holdout"}
-_SYSTEM_NAMES = {
-    "@eadir",
-    "#recycle",
-    "$recycle.bin",
-    "lost+found",
-    "__macosx",
-    "thumbs.db",
-    "desktop.ini",
-    ".ds_store",
-}
+_SYSTEM_NAMES = {"@eadir", "#recycle", "$recycle.bin", "lost+found", "__macosx"}  # folders
+_SYSTEM_NAMES |= {"thumbs.db", "desktop.ini", ".ds_store"}
 _MOST_NAMED = 10
 
 # Kinds of what is left out, each with what to do about it.
 _OF_SYSTEMS = "files that systems leave behind"
 _HIDDEN = "images with hidden names or in hidden folders: rename them if they are to be taken"
 _LOOSE = "images beside the class folders: move them into one if they are to be taken"
-_BESIDE = "images in folders beside the splits: move them into one if they are to be taken"
+_BESIDE = "images beside the splits: move them into one if they are to be taken"
 _NO_IMAGES = "files that are no images by their names"
 _TAKEN = "links to folders that are taken already"
 
@@ -116,7 +108,7 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
     """
     found = Found()
     if root.suffix.lower() == ".csv" and root.is_file():
-        rows, folder, name = _rows_of_list(root), root.parent, root.stem
+        rows, folder, name = _rows_of_list(root, found), root.parent, root.stem
         described = dict.fromkeys({row.split for row in rows}, f"image list {shown(root.name)}")
     elif root.is_dir():
         rows, folders = _rows_of_folder(root, found)
@@ -143,7 +135,7 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         found.splits[split] = Tree(described[split], names, paths, labels)
     if escaped := [shown(label) for label in classes if shown(label) != label]:
         found.remarks.append(f"stored with escapes, as the names are not UTF-8: {some(escaped)}")
-    _remark(root, found)
+    _remark(found)
     return found
 
 
@@ -167,7 +159,7 @@ def _in_order(splits: Iterable[str]) -> list[str]:
     return sorted(splits, key=[*SPLITS, *splits].index)
 
 
-def _remark(root: Path, found: Found) -> None:
+def _remark(found: Found) -> None:
     """Says what cannot be measured with these images, and why."""
     classes = next(iter(found.splits.values())).classes
     if not classes:
@@ -175,7 +167,7 @@ def _remark(root: Path, found: Found) -> None:
     elif len(classes) == 1:
         found.remarks.append(
             f"one class only ({classes[0]}): the images can be pretrained on, but nothing can be measured on them. If "
-            f"the folders in it are the classes: --root {shown(root / classes[0])}"
+            "the folders in it are the classes, name it as --root"
         )
     elif "test" not in found.splits:
         found.remarks.append("no test images, which linear_probe.py needs: --test-fraction 0.1 draws some")
@@ -237,7 +229,7 @@ def _walk(root: Path, found: Found) -> _Walk:
         folder = root.joinpath(*parts)
         try:
             status = folder.stat()
-            entries = list(os.scandir(folder))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if queue is hidden:
                 found.left_out["hidden folders that cannot be listed", shown(parts[-1])] += 1
@@ -282,7 +274,10 @@ def _rows_of_folder(root: Path, found: Found) -> tuple[list[_Row], dict[str, Pat
     """The images below ``root``, and the folder of each split; its only key is "" if the whole is one split."""
     walk = _walk(root, found)
     if not walk.images:
-        raise ConversionError(f"{shown(root)} holds no images. {_what_is_there(walk.others)}")
+        there = "; ".join(
+            f"{number:,} {kind} ({name})" for (kind, name), number in found.left_out.most_common(_MOST_NAMED)
+        )
+        raise ConversionError(f"{shown(root)} holds no images that can be taken, only: {there or 'no files at all'}")
     folders: dict[str, tuple[str, ...]] = {split: (name,) for name, split in _splits_among(root, walk, found).items()}
     folders = folders or {"": ()}
     rows = [row for split, place in folders.items() for row in _rows_of_split(root, walk, place, split, found)]
@@ -303,12 +298,11 @@ def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:
         raise ConversionError(f"{shown(root)}: two of {some(splits)} are the same split. Merge or remove one")
     if len(splits) == 1 and others:
         (name,) = splits
-        is_flat = all(len(parts) == 1 for parts, _ in walk.images if parts and parts[0] == name)
-        if not is_flat or splits[name] == "unlabeled":
+        if name.lower() != "train" or any(len(parts) > 1 for parts in walk.folders if parts[:1] == (name,)):
             raise ConversionError(
                 f"{shown(root)}: {name!r} may be a split, or a class like {some(others)} beside it. {usual}"
             )
-        alike, splits = [name], {}
+        alike, splits = [name], {}  # the vehicle
     if not splits:
         if alike:
             found.remarks.append(f"taken for classes, though called like splits: {some(alike)}")
@@ -325,7 +319,7 @@ def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:
     for name in others:
         found.left_out[_BESIDE, shown(name)] += counts[name]
     if loose := sum(not parts for parts, _ in walk.images):
-        found.left_out[_BESIDE, "in none"] += loose
+        found.left_out[_BESIDE, "in no folder"] += loose
     return splits
 
 
@@ -375,7 +369,7 @@ def _what_is_there(others: list[tuple[tuple[str, ...], str]]) -> str:
 # Lists
 
 
-def _rows_of_list(file: Path) -> list[_Row]:
+def _rows_of_list(file: Path, found: Found) -> list[_Row]:
     """The images that a CSV file lists; those that are not there are found when they are to be read."""
     rows: list[_Row] = []
     wrong: list[str] = []
@@ -391,6 +385,8 @@ def _rows_of_list(file: Path) -> list[_Row]:
                 f"{file}: no column 'path', only {some(map(shown, reader.fieldnames))}. Its first line should name the "
                 "columns: path, and label and split if there are any"
             )
+        if others := [name for name in reader.fieldnames if name not in ("path", "label", "split")]:
+            found.remarks.append(f"columns that are not read: {some(others)}; those that are: path, label, split")
         for cells in reader:
             path, label, split = cells["path"], cells.get("label"), (cells.get("split") or "").strip().lower()
             line = lines.setdefault(path, reader.line_num)
@@ -406,8 +402,8 @@ def _rows_of_list(file: Path) -> list[_Row]:
                 split = _SPLIT_OF.get(split, "")
                 rows.append(_Row(path, (label or "").strip() or None if split != "unlabeled" else None, split))
     if wrong or not rows:
-        listed = "\n  ".join(wrong[:1000] or ["no images are listed"])
-        raise ConversionError(f"{file}: {len(wrong):,} lines cannot be used:\n  {listed}")
+        listed = "".join(f"\n  {line}" for line in wrong[:1000])
+        raise ConversionError(f"{file}: {len(wrong):,} lines cannot be used, and {len(rows):,} can:{listed}")
     return rows
 
 

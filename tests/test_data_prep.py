@@ -112,11 +112,12 @@ def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path: Path, capsys:
         (["train/cat/0.png", "test/cat/0.png", "validation set/cat/0.png"], "'validation set' looks like a split"),
         (["train2017/cat/0.png", "val2017/cat/0.png"], "'train2017', 'val2017' looks like a split"),
         (["train/cat/0.png", "cat/0.png"], "'train' may be a split, or a class like 'cat'"),
+        (["test/0.png", "cat/0.png"], "'test' may be a split, or a class like 'cat'"),
         (["pets/train/0.png", "pets/test/0.png"], "'pets/test', 'pets/train' looks like a split inside of a class"),
-        (["train/cat/0.png", "test/cat/0.heic"], r"no images in the split 'test'.*\.heic 1; HEIF .*pillow-heif"),
+        (["train/cat/0.png", "test/cat/0.jxl"], r"no images in the split 'test'.*\.jxl 1; JPEG XL images: convert"),
         (["cat/0.png", "dog/0.mov", "dog/1.mov"], r"no images in class 'dog'.*\.mov 2; videos: take frames"),
         (["1.png", "2.png", "cat/0.png"], "2 images lie beside the folders and 1 in them"),
-        (["cat/notes.txt"], r"holds no images.*\.txt 1"),
+        (["cat/notes.txt"], r"holds no images that can be taken, only: 1 files that are no images .*\(\.txt\)"),
     ],
 )
 def test_what_can_be_understood_in_two_ways_is_refused(
@@ -150,7 +151,7 @@ def test_folders_beside_the_splits_are_counted(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "in" / "annotations").mkdir()
     code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "out")
     assert code == 0, text
-    assert "15 images in folders beside the splits (extra)" in text
+    assert "15 images beside the splits (extra): move them into one" in text
 
 
 def test_test_images_are_drawn_by_a_fixed_rule_from_each_class(
@@ -222,7 +223,6 @@ def test_one_class_is_said_to_measure_nothing(tmp_path: Path, capsys: pytest.Cap
     code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "a.beton")
     assert code == 0, text
     assert "one class only (photos): the images can be pretrained on, but nothing can be measured" in text
-    assert f"--root {tmp_path / 'in' / 'photos'}" in text
 
 
 def test_unlabelled_images_may_lie_beside_labelled_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,11 +264,13 @@ def test_a_list_of_paths_alone_has_no_labels(tmp_path: Path, capsys: pytest.Capt
     assert code == 0, text
     facts = beton.verify(tmp_path / "out" / "a list.beton")
     assert (facts.num_images, facts.classes) == (15, ())
-    (tmp_path / "b.csv").write_text("path;label\npets/cat/0.png;x\npets/dog/0.png;\npets/emu/0.png;y\n")
+    rows = ("path;label;Width", "pets/cat/0.png;x;16", "pets/dog/0.png;;16", "pets/emu/0.png;y;16")
+    (tmp_path / "b.csv").write_text("\n".join(rows))
     code, text = run(capsys, "imagefolder", "--root", tmp_path / "b.csv", "--output", tmp_path / "out")
     assert code == 0, text
     assert beton.read(tmp_path / "out" / "b.beton")[1].tolist() == [0, -1, 1]
     assert "1 images of b have no label" in text
+    assert "columns that are not read: 'width'" in text
 
 
 def test_every_wrong_line_of_a_list_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,13 +462,13 @@ def test_of_16_bits_the_high_byte_is_stored(tmp_path: Path, capsys: pytest.Captu
     for i, values in enumerate((colour, greys, greys, greys, colour, greys >> 4, greys)):
         error = np.abs(images[i] - (values >> 8)).max()
         assert error <= (1 if i == 4 else 0), i  # Pillow rounds PPM
-    Image.fromarray(grey.astype(np.int32) - 1).save(folder / "7.tiff")
-    code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "b.beton")
-    assert code == (0 if grey.min() else 1), text
-    Image.fromarray(grey.astype(np.int32) * 2).save(folder / "7.tiff")
-    code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "b.beton")
-    assert code == 1
-    assert re.search(r"7\.tiff: values from \d+ to \d+; convert it to 8 bits", text), text
+    for wrong in (-1, 1 << 16):
+        values = grey.astype(np.int32)
+        values[0, 0] = wrong
+        Image.fromarray(values).save(folder / "7.tiff")
+        code, text = run(capsys, "imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "b.beton")
+        assert code == 1
+        assert re.search(r"7\.tiff: values from -?\d+ to \d+; convert it to 8 bits", text), text
 
 
 def spoil_many(root: Path) -> list[Path]:
