@@ -754,6 +754,23 @@ def test_a_different_file_is_replaced_only_by_force(tmp_path: Path, capsys: pyte
     beton.verify(output)
 
 
+def test_splits_are_replaced_together_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        make_tree(tmp_path / "in" / split)
+    command = ("imagefolder", "--root", tmp_path / "in", "--output", tmp_path / "out")
+    assert run(capsys, *command)[0] == 0
+    before = files_below(tmp_path / "out")
+    Image.fromarray(noise(77)).save(tmp_path / "in" / "train" / "cat" / "0.png")
+    (tmp_path / "in" / "test" / "cat" / "0.png").write_bytes(b"")
+    assert run(capsys, *command, "--force")[0] == 1
+    assert {name: data for name, data in files_below(tmp_path / "out").items() if name != UNREADABLE} == before
+    Image.fromarray(noise(78)).save(tmp_path / "in" / "test" / "cat" / "0.png")
+    assert run(capsys, *command)[0] == 1
+    assert run(capsys, *command, "--force")[0] == 0
+    for split, seed in (("train", 77), ("test", 78)):
+        np.testing.assert_array_equal(beton.read(tmp_path / "out" / f"{split}.beton")[0][0], noise(seed))
+
+
 def test_a_lost_sidecar_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, output = make_tree(tmp_path / "pets"), tmp_path / "out" / "a.beton"
     command = ("imagefolder", "--root", root, "--output", output)
