@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import importlib.util
 import json
 import math
@@ -21,13 +20,16 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, host, losses, memory, runlog
@@ -36,7 +38,7 @@ from simclr.beton import Facts
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
-from simclr.evaluation import DivergedError
+from simclr.evaluation import DivergedError, Features
 from simclr.feed import ViewFeed
 from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, Interrupted, Signals
@@ -54,6 +56,8 @@ from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
 from simclr.views import describe, say_view_stages
+
+MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
@@ -258,8 +262,8 @@ def train(run: Run, log: RunLog) -> None:
             if progress.step % derived.steps_per_epoch:
                 measure_and_save(run, log, meter, is_last=False)
         measure_and_save(run, log, meter, is_last=progress.step == stop)
-    with run.peers.patience("until the last checkpoint is written"):
-        run.writer.flush()
+    run.peers.wait_until(run.writer.is_idle, "waiting for the disk")
+    run.writer.flush()
     if asked and progress.step < derived.total_steps:
         message = (
             f"{asked}: saved after step {progress.step} of {derived.total_steps}; the same command goes on from it"
@@ -469,8 +473,7 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
     require_finite_weights(run)
     is_best = False
     if can_measure(config, run.source.facts) and (at_end or knn_is_due):
-        with run.peers.patience("measuring kNN accuracy"):
-            accuracy = measure_knn(run)
+        accuracy = measure_knn(run)
         progress.knn_accuracy = accuracy
         is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
         progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
@@ -479,9 +482,11 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
         log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
     elif at_end:
         is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
-    with run.peers.patience("saving"):
-        if run.accelerator.is_main_process:
-            save(run, is_best=is_best)
+    run.peers.wait_until(run.writer.is_idle, "waiting for the disk to have the checkpoint before")
+    run.peers.working("saving")
+    if run.accelerator.is_main_process:
+        save(run, is_best=is_best)
+    run.peers.working("training")
     meter.restart_clock()
 
 
@@ -491,23 +496,34 @@ def can_measure(config: TrainConfig, facts: Facts) -> bool:
 
 
 def measure_knn(run: Run) -> float:
-    """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result."""
+    """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result.
+
+    It is done in parts, and before each the ranks tell each other that they go on.
+    """
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
-    encode = functools.partial(
-        evaluation.extract_features,
-        run.plain_model.encoder,
-        run.source,
-        device=run.accelerator.device,
-        dtype=forward_dtype(run.accelerator, run.config),
-        world_size=run.derived.world_size,
-        rank=run.accelerator.process_index,
-    )
-    return evaluation.knn_accuracy(
-        encode(indices=bank_rows),
-        encode(indices=query_rows),
-        k=min(20, len(bank_rows)),
-        num_classes=run.source.facts.num_classes,
-    )
+    at_once = MEASURED_AT_ONCE * run.derived.world_size
+
+    def parts(rows: NDArray[np.int64]) -> Iterator[Features]:
+        for start in range(0, len(rows), at_once):
+            run.peers.working("measuring kNN accuracy")
+            yield evaluation.extract_features(
+                run.plain_model.encoder,
+                run.source,
+                rows[start : start + at_once],
+                device=run.accelerator.device,
+                dtype=forward_dtype(run.accelerator, run.config),
+                world_size=run.derived.world_size,
+                rank=run.accelerator.process_index,
+            )
+
+    bank = Features.joined(list(parts(bank_rows)))
+    k, num_classes = min(20, len(bank_rows)), run.source.facts.num_classes
+    right = 0
+    for queries in parts(query_rows):
+        run.peers.working("measuring kNN accuracy")
+        predicted = evaluation.knn_predict(bank, queries, k=k, num_classes=num_classes)
+        right += int((predicted == queries.label).sum())
+    return 100 * right / len(query_rows)
 
 
 def require_finite_weights(run: Run) -> None:

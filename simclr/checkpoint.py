@@ -227,6 +227,10 @@ class CheckpointWriter:
         if self._pending is not None and self._pending.done():
             self.flush()
 
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to the disk, after waiting for that for up to a second."""
+        return self._pending is None or bool(concurrent.futures.wait([self._pending], 1.0).done)
+
     def flush(self) -> None:
         """Wait until all is on the disk. Raises CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None

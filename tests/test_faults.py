@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +311,87 @@ def test_a_rank_that_stands_still_is_ended_by_its_watchdog_with_all_stacks(image
     assert (status(config)["state"], status(config)["step"]) == ("failed", 4)
     assert "stood still" in status(config)["reason"]
     finish(config, 1, tmp_path / "logs")
+
+
+def stand_still_within(module: str, function: str, how: Callable[[], object], rank_struck: int, rank: int) -> None:
+    """One rank stands still when a function is called."""
+    if rank == rank_struck:
+        replace(importlib.import_module(module), function, lambda *arguments, **more: how())
+
+
+def stop_itself() -> None:
+    """As SIGSTOP from outside, which its watchdog cannot notice either."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "doing"),
+    [
+        ("simclr.evaluation", "extract_features", "measuring kNN accuracy"),
+        ("simclr.evaluation", "knn_predict", "measuring kNN accuracy"),
+        ("simclr.checkpoint", "resumable_payload", "saving"),
+    ],
+)
+def test_a_rank_that_stands_still_between_steps_is_ended_within_the_timeout_and_5_seconds(
+    images: Path, tmp_path: Path, module: str, function: str, doing: str
+) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=2.0, checkpoint_every_steps=4, knn_every_epochs=1)
+    prepare = functools.partial(stand_still_within, module, function, functools.partial(time.sleep, 1000), 0)
+    with ranks(config, 1, tmp_path / "logs", prepare) as running:
+        wait_for_step(running, config, 4)
+        started = time.monotonic()
+        assert running.wait(2 + 5) == [peers.EXIT_STOOD_STILL], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        assert re.search(rf"rank 0 has stood still for \d s after step 4, {doing}", running.output(0))
+    assert status(config)["state"] == "failed"
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_stopped_while_kNN_is_measured_is_noticed_within_the_timeout_and_5_seconds(
+    images: Path, tmp_path: Path
+) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=2.0, knn_every_epochs=1)
+    prepare = functools.partial(stand_still_within, "simclr.evaluation", "knn_predict", stop_itself, 1)
+    with ranks(config, 2, tmp_path / "logs", prepare) as running:
+        wait_for_step(running, config, 4)
+        started = time.monotonic()
+        assert running.wait(2 + 5, (0,)) == [1], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        assert "rank 1 is dead or stopped: last heard of at step 4, measuring kNN accuracy" in running.output(0)
+
+
+def very_slow_disk(seconds: float, rank: int) -> None:
+    """The second time that the disk is asked to be done, it takes long."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds if next(calls) == 1 else 0)
+        fsync(descriptor)
+
+    replace(os, "fsync", slow)
+
+
+@pytest.mark.distributed
+def test_a_disk_that_takes_longer_than_the_timeout_is_waited_for_on_all_ranks(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=1.0, stop_at_step=6)
+    with ranks(config, 2, tmp_path / "logs", functools.partial(very_slow_disk, 7.0)) as running:
+        started = time.monotonic()
+        assert running.wait() == [0, 0], running.output(0)
+        assert time.monotonic() - started > 7
+    assert status(config)["step"] == 6
+
+
+def dead_disk(rank: int) -> None:
+    """A disk that never answers, and less patience."""
+    replace(peers, "START_SECONDS", 1.0)
+    very_slow_disk(1000.0, rank)
+
+
+def test_a_disk_that_never_answers_ends_the_run(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=1.0)
+    with ranks(config, 1, tmp_path / "logs", dead_disk) as running:
+        assert running.wait() == [peers.EXIT_STOOD_STILL], running.output(0)
+        assert re.search(r"rank 0 has stood still for \d s after step 4, waiting for the disk", running.output(0))
 
 
 def test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_one_that_stands_still(
