@@ -31,8 +31,8 @@ from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_siz
 from simclr.interruption import Signals
 
 START_SECONDS = 600.0
-"""How long ranks wait for each other, and for themselves, where nothing tells whether work goes on: reading data for the
-first time, compiling, a disk that is asked to have written a checkpoint."""
+"""How long ranks wait for each other, and for themselves, where nothing tells whether work goes on: reading data for
+the first time, compiling, a disk that is asked to have written a checkpoint."""
 
 EXIT_STOOD_STILL = 70
 """Exit status of a rank that its watchdog has ended. EX_SOFTWARE of sysexits.h."""

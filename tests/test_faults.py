@@ -320,7 +320,8 @@ def stand_still_within(module: str, function: str, how: Callable[[], object], ra
 
 
 def stop_itself() -> None:
-    """As SIGSTOP from outside, which its watchdog cannot notice either."""
+    """As SIGSTOP from outside, which its watchdog cannot notice either. Before, it has told what it does."""
+    time.sleep(1.5)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -347,7 +348,7 @@ def test_a_rank_that_stands_still_between_steps_is_ended_within_the_timeout_and_
 
 
 @pytest.mark.distributed
-def test_a_rank_that_is_stopped_while_kNN_is_measured_is_noticed_within_the_timeout_and_5_seconds(
+def test_a_rank_that_is_stopped_while_knn_is_measured_is_noticed_within_the_timeout_and_5_seconds(
     images: Path, tmp_path: Path
 ) -> None:
     config = settings(images, tmp_path / "run", timeout_seconds=2.0, knn_every_epochs=1)
