@@ -228,8 +228,8 @@ class CheckpointWriter:
             self.flush()
 
     def is_idle(self) -> bool:
-        """Whether nothing is on its way to the disk, after waiting for that for up to a second."""
-        return self._pending is None or bool(concurrent.futures.wait([self._pending], 1.0).done)
+        """Whether nothing is on its way to the disk, after waiting for that for a moment."""
+        return self._pending is None or bool(concurrent.futures.wait([self._pending], 0.1).done)
 
     def flush(self) -> None:
         """Wait until all is on the disk. Raises CheckpointError if it could not be written."""
