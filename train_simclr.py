@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -86,6 +87,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         LostPeerError: If another rank has died or stands still.
     """
     checkpoint.require_safe_loading()
+    runlog.require_run_or_empty(config.folder)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
@@ -112,8 +114,8 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
         )
-        with runlog.locked(config.folder, is_main=is_main):
-            progress = resume(config, source.facts, plain_model, optimizer, accelerator)
+        with runlog.locked(config.folder, is_main=is_main) as lock:
+            progress = resume(config, derived, source.facts, plain_model, optimizer, accelerator)
             if is_main:
                 say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
@@ -129,7 +131,13 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
-                Status(config.folder, is_main=is_main, step=progress.step, total_steps=derived.total_steps) as status,
+                Status(
+                    config.folder,
+                    is_main=is_main,
+                    step=progress.step,
+                    total_steps=derived.total_steps,
+                    is_ours=lock.is_held,
+                ) as status,
                 RunLog(
                     config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
                 ) as log,
@@ -137,7 +145,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
                     config.folder,
                     keep=config.keep_checkpoints,
                     last_step=progress.step_of_last,
-                    before=log.sync,
+                    before=functools.partial(before_save, lock, log),
                     after=status.saved,
                 ) as writer,
                 peers.explained(before_exit=status.failed),
@@ -533,6 +541,12 @@ def require_finite_weights(run: Run) -> None:
         raise DivergedError(f"weights are not finite after step {run.progress.step}{_way_out(run)}")
 
 
+def before_save(lock: runlog.Lock, log: RunLog) -> None:
+    """See that the folder is still this run's, and that all lines that a checkpoint continues after are on the disk."""
+    lock.require_held()
+    log.sync()
+
+
 def save(run: Run, *, is_best: bool) -> None:
     """Hand the state of the run to the thread that writes it."""
     payload = checkpoint.resumable_payload(
@@ -625,7 +639,9 @@ def image_size(facts: Facts, path: Path) -> int:
     return facts.height
 
 
-def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> Progress:
+def resume(
+    config: TrainConfig, derived: Derived, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator
+) -> Progress:
     """Continue the run that the output folder holds, if there is one and it is wanted."""
     newest = checkpoint.load_newest(config.folder)
     if newest is None:
@@ -646,6 +662,7 @@ def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, 
         )
     saved = newest.payload
     require_same_run(config, facts, saved, newest.path)
+    require_step_of_run(config, derived, saved, newest.path)
     if accelerator.is_main_process:
         for reason in newest.passed_over:
             print(f"passed over: {reason}")
@@ -693,6 +710,21 @@ def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], p
     if distributed.rank() == 0:
         for difference in different.values():
             print(f"changed:    {difference} (--allow-changed)")
+
+
+def require_step_of_run(config: TrainConfig, derived: Derived, saved: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that this run cannot have written, or that lies behind its end."""
+    step, epoch = saved["step"], saved["epoch"]
+    if step > derived.total_steps:
+        raise CheckpointError(
+            f"{path} is of step {step}, and the run has {derived.total_steps} steps: it is of another run. Give more "
+            "--epochs (with --allow-changed epochs) to go on from it, or another --output"
+        )
+    if epoch != step // derived.steps_per_epoch and not config.allow_changed:
+        raise CheckpointError(
+            f"{path} is of step {step} and epoch {epoch}, but at {derived.steps_per_epoch} steps per epoch that is "
+            f"epoch {step // derived.steps_per_epoch}: it is of another run. Give another --output"
+        )
 
 
 def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
@@ -799,22 +831,21 @@ def write_manifest(
         "loader": f"{source.backend}: {source.reason}",
         "views": f"{feed.method}: {feed.reason}",
     }
-    earlier = []
-    if progress.step and path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    before = runlog.read_manifest(config.folder) if progress.step else None
     runlog.write_json(
         path,
         {
             **session,
             "config": json.loads(to_json(config)),
             "facts": json.loads(to_json(source.facts)),
-            "sessions": [*earlier, session],
+            "sessions": [*(before["sessions"] if before else []), session],
         },
     )
 
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
+    host.outlive_readers()
     conclude(parse_train_config(description=__doc__))
 
 

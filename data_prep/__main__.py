@@ -209,4 +209,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    host.outlive_readers()
     sys.exit(main())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -133,6 +134,7 @@ def load_safely(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it is missing, damaged, holds anything but plain data, or has another schema.
+        OSError: If it may not be read, which is no damage.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
@@ -140,6 +142,10 @@ def load_safely(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             _check_seal(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # no rights, say: it may be intact, and falling back would lose steps
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds for foreign files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
@@ -321,7 +327,7 @@ def load_newest(folder: Path) -> Resumable | None:
             passed_over.append(str(error))
     raise CheckpointError(
         f"{folder} holds a run, but none of its checkpoints is intact: {'; '.join(passed_over)}. To begin anew give "
-        "another --output, or remove these files"
+        "another --output"
     )
 
 
@@ -330,6 +336,9 @@ def load_resumable(path: Path) -> dict[str, Any]:
     payload = load_safely(path)
     if set(payload) != _RESUME_KEYS:
         raise CheckpointError(f"{path} cannot be continued from: {_difference(set(payload), _RESUME_KEYS)}")
+    for key in ("step", "epoch"):
+        if type(payload[key]) is not int or payload[key] < 0:
+            raise CheckpointError(f"{path} cannot be continued from: its {key} is {payload[key]!r}")
     return payload
 
 
