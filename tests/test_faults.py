@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +32,12 @@ import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr import checkpoint, memory, peers, runlog
+from simclr.beton import sidecar_path
 from simclr.config import OptimizerConfig, TrainConfig
 from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
 from simclr.finite import Guard
-from simclr.interruption import EXIT_SAVED, SIGNALS
+from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
 from tests.helpers import forget_accelerate_state
@@ -42,6 +49,8 @@ STEPS = 4
 EPOCHS = 8
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 KILLED = -signal.SIGKILL
+ROOT = Path(__file__).parents[1]
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV maps its file; it is not here")
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +461,206 @@ def own_folder(rank: int) -> None:
     """Rank 1 sees no checkpoint, as on a machine with a disk of its own."""
     if rank == 1:
         replace(train_simclr, "resume", lambda *arguments: train_simclr.Progress())
+
+
+# ------------------------------------------------------------------------------------------ the data file
+
+
+def own_copy(images: Path, folder: Path) -> Path:
+    """A data file that a test may spoil."""
+    folder.mkdir(exist_ok=True)
+    for source in (images, sidecar_path(images)):
+        shutil.copy(source, folder / source.name)
+    return folder / images.name
+
+
+def overwrite(path: Path) -> None:
+    """In place, as `cp` does it, with a file as long; a little later, so that some steps are taken before."""
+    with path.open("r+b") as file:
+        file.seek(1 << 21)
+        file.write(bytes(100 * 32 * 32 * 3))
+
+
+def replace_file(path: Path) -> None:
+    """As data_prep writes: a new file takes the name."""
+    shutil.copy(path, path.with_suffix(".new"))
+    overwrite(path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("change", [overwrite, os.utime])
+def test_images_that_are_overwritten_are_not_trained_on(
+    images: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    data = own_copy(images, tmp_path / "data")
+    changes: dict[str, Any] = {"loader": "ffcv", "checkpoint_every_steps": 1, "knn_every_epochs": 0}
+    config = settings(data, tmp_path / "run", epochs=10_000, **changes)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        change(data)
+        started, before = time.monotonic(), steps_logged(config)
+        assert running.wait(5) == [1], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.2f} s and {steps_logged(config) - before} steps")
+        assert f"{data} was written to after it was opened" in running.output(0)
+        assert "Traceback" not in running.output(0)
+    step = status(config)["step"]
+    assert status(config)["state"] == "failed"
+    assert step == steps_logged(config) >= 10  # nothing is lost but the step that was not taken
+    good = settings(images, tmp_path / "good", epochs=10_000, stop_at_step=step, **changes)
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+
+
+@needs_ffcv
+def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others_are_refused_afterwards(
+    images: Path, tmp_path: Path
+) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", loader="ffcv", epochs=1000, knn_every_epochs=0, stop_at_step=40)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        replace_file(data)
+        assert running.wait() == [0], running.output(0)
+        assert running.output(0).count(f"{data} was deleted or replaced") == 1
+    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+    with pytest.raises(ValueError, match=r"train\.beton: its sha256 is"):
+        train_here(dataclasses.replace(config, stop_at_step=50))
+
+
+@needs_ffcv
+def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images: Path, tmp_path: Path) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", loader="ffcv", epochs=10_000, knn_every_epochs=0)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        os.truncate(data, 100)
+        started = time.monotonic()
+        (code,) = running.wait(5)
+        print(f"noticed after {time.monotonic() - started:.2f} s, by status {code}")
+        output = running.output(0)
+    # Which comes first is left to chance: FFCV reads ahead, and where there are no pages any more the kernel ends it.
+    if code == 1:
+        assert f"{data} was written to after it was opened" in output
+        assert runlog.read_status(config.folder)["state"] == "failed"
+    else:
+        assert code == -signal.SIGBUS
+        assert output.endswith(
+            f"Most likely a file was cut off or written anew while it was read; put it back as it was, and start "
+            f"again:\n {data}\n"
+        )
+        assert status(config)["state"] == "running"
+        assert runlog.read_status(config.folder)["state"] == runlog.DIED
+    shutil.copy(images, data)
+    finish(dataclasses.replace(config, stop_at_step=20), 1, tmp_path / "logs")
+
+
+READ_WHAT_IS_GONE = """
+import os, sys
+import numpy as np
+from simclr.data import EpochPlan, open_images
+with open_images(sys.argv[1], backend="ffcv") as source:
+    source._require_unchanged = lambda: None
+    os.truncate(sys.argv[1], 100)
+    list(source.batches(EpochPlan(np.arange(100), 10)))
+"""
+
+
+@needs_ffcv
+def test_a_bus_error_names_the_file(images: Path, tmp_path: Path) -> None:
+    data = own_copy(images, tmp_path)
+    command = [sys.executable, "-c", READ_WHAT_IS_GONE, str(data)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    assert done.stderr.endswith(f"put it back as it was, and start again:\n {data}\n")
+
+
+def test_images_in_memory_are_those_that_were_there_at_the_start(images: Path, tmp_path: Path) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", epochs=1000, knn_every_epochs=0, stop_at_step=40)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        overwrite(data)
+        assert running.wait() == [0], running.output(0)
+    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+
+
+# ------------------------------------------------------------------------------------------ the run's folder
+
+
+def test_a_folder_that_was_deleted_and_made_anew_is_left_to_whom_it_belongs(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", epochs=10_000, checkpoint_every_steps=20, knn_every_epochs=0)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        shutil.rmtree(config.folder)
+        with runlog.locked(config.folder, is_main=True):  # another run's
+            started = time.monotonic()
+            assert running.wait(30) == [1], running.output(0)
+            print(f"noticed after {time.monotonic() - started:.2f} s")
+        assert f"{config.folder} was deleted, moved or made anew while this run wrote to it" in running.output(0)
+        assert "Traceback" not in running.output(0)
+    assert [path.name for path in config.folder.iterdir()] == [runlog.LOCK]
+
+
+# ------------------------------------------------------------------------------------------ who reads the output
+
+
+WORDS = ["demo", "--model.encoder", "small_resnet_w8", "--global-batch-size", "24", "--num-validation", "0"]
+WORDS += ["--loader", "memory", "--views", "torch", "--log-every-steps", "1", "--checkpoint-every-epochs", "100000"]
+
+
+def command(images: Path, folder: Path, epochs: int) -> list[str]:
+    more = ["--data", str(images), "--output", str(folder), "--epochs", str(epochs)]
+    return [sys.executable, "train_simclr.py", *WORDS, *more]
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 1", ">&- 2>&- <&-", ">/dev/full 2>/dev/full"])
+def test_training_goes_on_when_nobody_reads_its_output(images: Path, tmp_path: Path, redirection: str) -> None:
+    script = f"set -o pipefail; {shlex.join(command(images, tmp_path / 'run', 1))} {redirection}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert runlog.read_status(tmp_path / "run")["state"] == "finished"
+    assert len(runlog.read_metrics(tmp_path / "run")) == 4
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid, to give a process a terminal of its own")
+def test_a_run_whose_terminal_is_closed_saves_every_step(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    words = ["setsid", "--ctty", *command(images, config.folder, 100_000)]
+    terminal, inside = os.openpty()
+    os.set_blocking(terminal, False)
+    with subprocess.Popen(words, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside) as running:
+        os.close(inside)
+        deadline = time.monotonic() + 60
+        while steps_logged(config) < 10:
+            with contextlib.suppress(BlockingIOError):
+                os.read(terminal, 1 << 16)
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.close(terminal)
+        started = time.monotonic()
+        assert running.wait(20) == EXIT_SAVED
+        print(f"ended after {time.monotonic() - started:.2f} s")
+    found = runlog.read_status(config.folder)
+    assert (found["state"], found["step"]) == ("interrupted", steps_logged(config))
+    assert found["reason"].startswith("SIGHUP: saved after step ")
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGHUP}
+    try:
+        Signals().install()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number, handler in others.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------ not finite
