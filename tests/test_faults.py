@@ -392,8 +392,9 @@ def test_a_disk_that_takes_longer_than_the_timeout_is_waited_for_on_all_ranks(im
 
 
 def dead_disk(rank: int) -> None:
-    """A disk that never answers, and less patience."""
+    """A disk that never answers, neither the checkpoint nor the watchdog's words, and less patience."""
     replace(peers, "START_SECONDS", 1.0)
+    replace(runlog.Status, "failed", lambda *arguments: time.sleep(1000))
     very_slow_disk(1000.0, rank)
 
 
