@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -170,6 +171,20 @@ def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
             bad, what = good[:at], f"cut at {at}"
         damaged.write_bytes(bad)
         assert refused(damaged), what
+
+
+def test_a_file_that_changes_while_it_is_opened_is_refused(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = beton.verify
+
+    def verified_and_replaced(path: Path) -> beton.Facts:
+        facts = verify(path)
+        shutil.copy(path, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        return facts
+
+    monkeypatch.setattr(beton, "verify", verified_and_replaced)
+    with pytest.raises(BetonError, match="was changed while it was opened"):
+        open_images(damaged, backend="memory")
 
 
 # ------------------------------------------------------------------------------------------- rights, full disks

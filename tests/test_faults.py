@@ -31,7 +31,7 @@ from torch import Tensor
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import checkpoint, memory, peers, runlog
+from simclr import beton, checkpoint, memory, peers, runlog
 from simclr.beton import sidecar_path
 from simclr.config import OptimizerConfig, TrainConfig
 from simclr.data import EpochPlan
@@ -562,19 +562,29 @@ READ_WHAT_IS_GONE = """
 import os, sys
 import numpy as np
 from simclr.data import EpochPlan, open_images
-with open_images(sys.argv[1], backend="ffcv") as source:
+path, other = sys.argv[1:]
+plan = EpochPlan(np.arange(100), 10, shuffle=False)
+with open_images(path, backend="memory") as source:
+    expected = [batch.image.numpy() for batch in source.batches(plan)]
+with open_images(path, backend="ffcv") as source:
+    os.replace(other, path)  # before the first batch is read
+    assert all(np.array_equal(batch.image, pixels) for batch, pixels in zip(source.batches(plan), expected))
+os.replace(other + ".json", path + ".json")
+with open_images(path, backend="ffcv") as source:
     source._require_unchanged = lambda: None
-    os.truncate(sys.argv[1], 100)
-    list(source.batches(EpochPlan(np.arange(100), 10)))
+    os.truncate(path, 100)
+    list(source.batches(plan))
 """
 
 
 @needs_ffcv
-def test_a_bus_error_names_the_file(images: Path, tmp_path: Path) -> None:
-    data = own_copy(images, tmp_path)
-    command = [sys.executable, "-c", READ_WHAT_IS_GONE, str(data)]
+def test_a_bus_error_names_the_file_and_another_file_of_the_name_is_not_read(images: Path, tmp_path: Path) -> None:
+    data, other = own_copy(images, tmp_path), own_copy(images, tmp_path / "other")
+    beton.write(other, np.zeros((100, 32, 32, 3), np.uint8), np.zeros(100, np.int64))
+    command = [sys.executable, "-c", READ_WHAT_IS_GONE, str(data), str(other)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGBUS, done.stderr
+    assert "was deleted or replaced" in done.stderr
     assert done.stderr.endswith(f"put it back as it was, and start again:\n {data}\n")
 
 
