@@ -264,7 +264,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self.flush()
-        except CheckpointError as failure:
+        except (ValueError, OSError) as failure:
             if error is None:
                 raise
             error.add_note(f"besides: {failure}")

@@ -293,7 +293,7 @@ class SideChannel:
         if self._group is None:
             return [number]
         gathered = torch.empty(world_size(), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, torch.tensor([number]), group=self._group)
+        _all_gather(gathered, torch.tensor([number]), group=self._group)
         numbers: list[int] = gathered.tolist()
         return numbers
 

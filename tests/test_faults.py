@@ -196,7 +196,7 @@ def test_a_run_killed_anywhere_and_started_again_gives_the_same_weights_and_metr
 def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_status_75(
     images: Path, tmp_path: Path
 ) -> None:
-    whole = settings(images, tmp_path / "whole", epochs=20, knn_every_epochs=0)
+    whole = settings(images, tmp_path / "whole", epochs=25, knn_every_epochs=0)
     config = dataclasses.replace(whole, output=tmp_path / "run")
     finish(whole, 2, tmp_path / "logs")
     step = 0
@@ -224,7 +224,7 @@ def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_sta
                 )
                 assert found["reason"] in output
     finish(config, 2, tmp_path / "logs")
-    assert status(config) == {"state": "finished", "step": 80, "total_steps": 80, "reason": ""}
+    assert status(config) == {"state": "finished", "step": 100, "total_steps": 100, "reason": ""}
     assert is_equal(weights(config), weights(whole))
     assert lines(config) == lines(whole)
 
