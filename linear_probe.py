@@ -9,7 +9,6 @@ the test images are measured, and choose nothing. Runs in one process, on the fi
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -557,11 +556,8 @@ def picture_views(task: Task) -> ViewPairs:
 
 def pretraining_records(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return manifest and metrics of the run, as far as they lie beside the checkpoint."""
-    manifest, metrics = folder / runlog.MANIFEST, folder / runlog.METRICS
-    return (
-        json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None,
-        runlog.read_metrics(folder) if metrics.is_file() else [],
-    )
+    has_metrics = (folder / runlog.METRICS).is_file()
+    return runlog.read_manifest(folder), runlog.read_metrics(folder) if has_metrics else []
 
 
 def said(row: Row) -> Row:
@@ -578,6 +574,7 @@ def _three(values: tuple[float, float, float]) -> str:
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
+    host.outlive_readers()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
             f"linear_probe.py runs in one process, but {os.environ['WORLD_SIZE']} were started. Use: "

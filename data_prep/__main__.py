@@ -208,4 +208,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    host.outlive_readers()
     sys.exit(main())
