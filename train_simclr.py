@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
@@ -53,6 +52,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
+from simclr.tiled import unit_rows
 from simclr.views import describe, say_view_stages
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
@@ -426,7 +426,7 @@ def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
     The mean cosine similarity of the two views of an image; and the mean standard deviation of a coordinate of the
     normalised projection times sqrt(d), which is 0 when all are equal and near 1 when they point everywhere.
     """
-    unit_1, unit_2 = (F.normalize(z.float(), dim=1) for z in (z1, z2))
+    unit_1, unit_2 = (unit_rows(z.float())[0] for z in (z1, z2))
     spread = unit_1.std(dim=0, correction=0).mean() * unit_1.shape[1] ** 0.5
     return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
 

@@ -201,6 +201,18 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise maximum of ``values`` over all ranks, without gradient; NaN counts as infinity.
+
+    (Which of NaN and a number is the larger one depends on the backend.) Collective call.
+    """
+    values = values.detach()
+    values = values.masked_fill(values.isnan(), torch.inf)
+    if world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def replicated_gather(rows: Tensor) -> Tensor:
     """As :func:`gather_with_grad`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
 
@@ -293,7 +305,7 @@ class SideChannel:
         if self._group is None:
             return [number]
         gathered = torch.empty(world_size(), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, torch.tensor([number]), group=self._group)
+        _all_gather(gathered, torch.tensor([number]), group=self._group)
         numbers: list[int] = gathered.tolist()
         return numbers
 

@@ -26,6 +26,7 @@ from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.data import EpochPlan
 from simclr.models import make_encoder
 from simclr.optim import learning_rate_at
+from simclr.tiled import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
@@ -231,10 +232,10 @@ def knn_predict(
             f"the bank's features have width {bank.representation.shape[1]}, "
             f"the queries' have {queries.representation.shape[1]}"
         )
-    bank_rows = F.normalize(bank.representation, dim=1)
+    bank_rows, *_ = unit_rows(bank.representation)
     predictions = []
     for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
-        similarity, neighbour = (F.normalize(block, dim=1) @ bank_rows.T).topk(k, dim=1)
+        similarity, neighbour = (unit_rows(block)[0] @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
         predictions.append(votes.argmax(dim=1))

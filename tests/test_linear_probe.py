@@ -138,7 +138,7 @@ def test_everything_that_was_promised_is_written(outcome: Path) -> None:
 def test_all_three_representations_are_measured(outcome: Path) -> None:
     rows = numbers(outcome)["rows"]
     assert [row["name"] for row in rows] == ["raw pixels", "untrained encoder", "pretrained encoder"]
-    assert [row["width"] for row in rows] == [3 * SIDE * SIDE, 16, 16]
+    assert [row["width"] for row in rows] == [3 * SIDE * SIDE, 32, 32]
     for row in rows:
         assert 0 < row["knn_test"] <= 100
         assert row["classifier"]["test"] > 100 / 3  # the colour tells the class, and every one of them sees it
