@@ -202,15 +202,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Return the elementwise maximum of ``values`` over all ranks, without gradient; NaN counts as infinity.
-
-    (Which of NaN and a number is the larger one depends on the backend.) Collective call.
-    """
-    values = values.detach()
-    values = values.masked_fill(values.isnan(), torch.inf)
-    if world_size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+    """Return the elementwise maximum of ``values`` over all ranks, without gradient. Collective call."""
+    if world_size() == 1:
+        return values.detach()
+    largest = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def replicated_gather(rows: Tensor) -> Tensor:
