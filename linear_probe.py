@@ -197,11 +197,11 @@ class Measured:
 def data_paths(config: ProbeConfig, pretrained: Pretrained) -> tuple[Path, Path]:
     """Return the files of the training and test images."""
     train = config.train or pretrained.config.data
-    if not train.is_file():
+    if not train.exists():
         which = "" if config.train else f", the file that {pretrained.path} was pretrained on,"
         raise ValueError(f"{train}{which} is not there; name the training images with --train FILE.beton")
     test = config.test or train.with_name("test.beton")
-    if not test.is_file():
+    if not test.exists():
         raise ValueError(
             f"there are no test images at {test}; name them with --test FILE.beton, or convert them first "
             "(python -m data_prep --help)"

@@ -155,7 +155,10 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
                     writer=writer,
                     peers=peers,
                 )
-                train(run, log)
+                try:
+                    train(run, log)
+                except DivergedError as error:
+                    raise DivergedError(f"{error}{_way_out(run)}") from error
     for tracker in accelerator.trackers:
         tracker.finish()
     return config.folder
@@ -435,14 +438,14 @@ def require_finite_losses(run: Run, losses_by_step: dict[int, float]) -> None:
     """Stop if one of the last steps' losses is not finite. Every rank has the same values, so all stop."""
     for step, loss in losses_by_step.items():
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}{_way_out(run)}")
+            raise DivergedError(f"the loss is {loss} at step {step}")
 
 
 def _way_out(run: Run) -> str:
     last = run.config.folder / checkpoint.LAST
     kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
     return (
-        f" (epoch {run.epoch}, learning rate {learning_rate(run.config, run.derived, run.progress.step - 1):.3g}); "
+        f" (epoch {run.epoch}, learning rate {learning_rate(run.config, run.derived, max(run.progress.step - 1, 0)):.3g}); "
         f"{kept}. A lower --optimizer.base-learning-rate, longer --optimizer.warmup-epochs, "
         "--optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run another --output"
     )
@@ -514,7 +517,7 @@ def require_finite_weights(run: Run) -> None:
     """Stop before a checkpoint that would not be good. Every rank has the same weights, so all stop."""
     norms = torch._foreach_norm([value.float() for value in run.plain_model.state_dict().values()])
     if not bool(torch.stack(list(norms)).isfinite().all()):
-        raise DivergedError(f"weights are not finite after step {run.progress.step}{_way_out(run)}")
+        raise DivergedError(f"weights are not finite after step {run.progress.step}")
 
 
 def save(run: Run, *, is_best: bool) -> None:

@@ -139,7 +139,11 @@ class Facts:
             BetonError: If a channel is constant, so that it cannot be divided by its deviation.
         """
         if min(self.channel_std) <= 0:
-            raise BetonError(f"a colour channel is constant (standard deviations {self.channel_std})")
+            constant = [c for c, std in zip(("red", "green", "blue"), self.channel_std, strict=True) if std <= 0]
+            raise BetonError(
+                f"all pixels of all images have the same {' and '.join(constant)}, and normalising would divide by 0. "
+                "Convert images whose three channels vary; where there are fewer, repeat one, as in a grey image"
+            )
         return self.channel_mean, self.channel_std
 
 

@@ -188,11 +188,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
+        _require_ordinary(self)
+        _make_paths(self, "data", "output")
         valid_name = bool(self.name) and not set(self.name) & set("/\\") and self.name not in {".", ".."}
         _require(valid_name, "name", repr(self.name), "a name for a folder, without slashes")
         for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_validation", "knn_every_epochs", "seed"):
+        for name in ("num_validation", "knn_every_epochs"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
             value = getattr(self, name)
@@ -201,7 +203,7 @@ class TrainConfig:
         valid = valid and sum(share for _, share in self.view_sizes) <= 1
         expected = "pairs of a side of at least 1 and a share > 0 of the epochs, at most 1 in all"
         _require(valid, "view_sizes", self.view_sizes, expected)
-        _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
+        _require(0 < self.timeout_seconds <= 1e9, "timeout_seconds", self.timeout_seconds, "> 0, and at most 1e9")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
             _require(name.split(".")[0] in fields, "allow_changed", repr(name), "the name of a setting")
@@ -407,16 +409,40 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         """Fill in the candidates that depend on the mode, and refuse what cannot run."""
+        _require_ordinary(self)
+        _make_paths(self, "run", "train", "test", "output")
         for name, candidates in _CANDIDATES[self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
         for name in ("epochs", "batch_size", "num_validation", "knn_neighbours"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(min(self.learning_rates) > 0, "learning_rates", self.learning_rates, "all > 0")
         _require(min(self.weight_decays) >= 0, "weight_decays", self.weight_decays, "all at least 0")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "> 0")
+
+
+def _require_ordinary(value: object, name: str = "") -> None:
+    """Refuse numbers that no setting may have, in all parts of a configuration, by their dotted names."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            _require_ordinary(part, f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for entry in value:
+            _require_ordinary(entry, name)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), name, value, "a finite number")
+    elif isinstance(value, int):
+        low, high = (0, 2**64 - 1) if name == "seed" else (-(2**63), 2**63 - 1)
+        _require(low <= value <= high, name, value, f"{low} to {high}")
+
+
+def _make_paths(config: object, *names: str) -> None:
+    """Let paths be given as text."""
+    for name in names:
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, Path(getattr(config, name)))
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import beton
-from simclr.beton import Facts
+from simclr.beton import BetonError, Facts
 
 Backend = Literal["ffcv", "memory"]
 BackendChoice = Literal["auto", "ffcv", "memory"]
@@ -248,6 +248,12 @@ def open_images(
     if num_workers is not None:
         _require_integer("num_workers", num_workers, 1)
     path = Path(path)
+    if path.is_dir():
+        held = ", ".join(str(file) for file in sorted(path.glob("*.beton")))
+        raise BetonError(
+            f"{path} is a folder, and images are read from a .beton file; "
+            + (f"name one of those in it: {held}" if held else "python -m data_prep writes one (see its --help)")
+        )
     facts = beton.load_facts(path)
     if facts.file_bytes <= _CHECKSUM_LIMIT_BYTES:
         facts, checked = beton.verify(path), "checksum verified"
@@ -261,7 +267,10 @@ def open_images(
         if obstacle is None:
             return _FFCVSource(path, facts, torch.device(device), checked, num_workers)
         if backend == "ffcv":
-            raise ValueError(f'{path} cannot be read with FFCV: {obstacle}. Or read it with backend="memory"')
+            raise ValueError(
+                f"{path} cannot be read with FFCV: {obstacle}. Or read it with --loader memory (in Python: "
+                'backend="memory")'
+            )
         because = f"because {obstacle}"
     return _MemorySource(path, facts, torch.device(device), f"{because}; {checked}")
 
@@ -399,7 +408,7 @@ class _FFCVSource(ImageSource):
             raise RuntimeError(
                 f"{self.path} was opened with FFCV by process {self._process} and is used by process {os.getpid()}, "
                 "forked from it: threads do not survive a fork. Open it in the new process, started with the spawn "
-                'method, or open it with backend="memory"'
+                'method, or open it with --loader memory (in Python: backend="memory")'
             )
 
     def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:

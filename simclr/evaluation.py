@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed
-from simclr.beton import Facts
+from simclr.beton import Facts, PathLike
 from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.data import EpochPlan
 from simclr.models import make_encoder
@@ -558,7 +558,7 @@ def head_predict(head: nn.Linear, features: Features) -> Tensor:
 
 
 def save_classifier(
-    path: Path, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
+    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
 ) -> None:
     """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
     payload = {
@@ -573,7 +573,7 @@ def save_classifier(
     checkpoint.save_atomically(path, payload)
 
 
-def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
     """Load ``simclr_lin_best.pt``.
 
     Args:
@@ -586,6 +586,7 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifie
     Raises:
         CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
     """
+    path = Path(path)
     payload = checkpoint.load_safely(path / CLASSIFIER if path.is_dir() else path)
     if payload.get("kind") != "classifier":
         raise checkpoint.CheckpointError(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,10 @@ def test_numbers_that_do_not_fit_name_those_that_do(
     ("part", "changes", "message"),
     [
         (TrainConfig, {"epochs": 0}, "epochs is 0, expected at least 1"),
-        (TrainConfig, {"seed": -1}, "seed is -1"),
+        (TrainConfig, {"seed": -1}, "seed is -1, expected 0 to 18446744073709551615"),
+        (TrainConfig, {"seed": 2**64}, "seed is 18446744073709551616, expected 0 to 18446744073709551615"),
+        (TrainConfig, {"epochs": 2**63}, "epochs is 9223372036854775808, expected .* to 9223372036854775807"),
+        (TrainConfig, {"timeout_seconds": 1e300}, r"timeout_seconds is 1e\+300, expected > 0, and at most 1e9"),
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
         (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
@@ -95,12 +100,52 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"loss": LossConfig(off_diagonal_weight=-1)}, "off_diagonal_weight is -1"),
         (ModelConfig, {"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
         (ProbeConfig, {"run": Path("x"), "epochs": 0}, "epochs is 0"),
+        (ProbeConfig, {"run": Path("x"), "seed": 2**64}, "seed is 18446744073709551616"),
+        (ProbeConfig, {"run": Path("x"), "weight_decays": (0.0, math.nan)}, "weight_decays is nan, expected a finite"),
         (ProbeConfig, {"run": Path("x"), "learning_rates": (0.1, 0.0)}, "learning_rates is .*, expected all > 0"),
     ],
 )
 def test_fields_out_of_range_are_named(part: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         part(**changes)
+
+
+def numbers_in(values: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The name of each number with a point in parsed JSON, and where it stands."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        where = str(key) if isinstance(key, str) else name
+        if isinstance(value, dict | list):
+            yield from numbers_in(value, where)
+        elif isinstance(value, float):
+            yield where, values, key
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(view_sizes=((16, 0.5),), optimizer=OptimizerConfig(gradient_clip_norm=1.0)),
+        ProbeConfig(run=Path("x")),
+    ],
+    ids=["train", "probe"],
+)
+def test_no_number_may_be_infinite_or_none(config: Any, number: float) -> None:
+    """Every one is refused by its name; what is written down as JSON could not hold it."""
+    values = json.loads(to_json(config))
+    found = list(numbers_in(values))
+    assert len(found) > 25
+    for name, holder, key in found:
+        before, holder[key] = holder[key], number
+        with pytest.raises(ValueError, match=rf"{name}\b.*{number}"):
+            from_json(type(config), json.dumps(values))
+        holder[key] = before
+    assert from_json(type(config), json.dumps(values)) == config
+
+
+def test_the_paths_of_a_configuration_may_be_text() -> None:
+    assert TrainConfig(data="a/b", output="c") == TrainConfig(data=Path("a/b"), output=Path("c"))  # type: ignore[arg-type]
+    probe = ProbeConfig(run="r", test="t")  # type: ignore[arg-type]
+    assert probe == ProbeConfig(run=Path("r"), test=Path("t"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +234,7 @@ def test_without_a_preset_the_default_is_meant() -> None:
         (["demo", "--sed", "1"], "--sed"),
         (["demo", "--seed", "x"], "--seed"),
         (["demo", "--epochs", "0"], "epochs is 0, expected at least 1"),
+        (["demo", "--loss.temperature", "inf"], "loss.temperature is inf, expected a finite number"),
     ],
 )
 def test_unknown_words_end_the_program(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -479,7 +479,7 @@ def a_classifier(facts: beton.Facts) -> Classifier:
 def test_a_saved_classifier_classifies_stored_pixels_as_before(source: ImageSource, tmp_path: Path) -> None:
     classifier = a_classifier(source.facts)
     save(tmp_path / evaluation.CLASSIFIER, classifier, source.facts)
-    loaded = evaluation.load_classifier(tmp_path)
+    loaded = evaluation.load_classifier(str(tmp_path))
     assert not loaded.training
     assert loaded.classes == source.facts.classes
     images = torch.from_numpy(beton.read(source.path)[0])

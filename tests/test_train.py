@@ -474,8 +474,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)  # step 6 spoils the weights
     checkpoint.save_atomically(last, saved)
     good = last.read_bytes()
-    with pytest.raises(DivergedError, match=r"the gradient is not finite at step 7; this rank's loss is nan"):
+    with pytest.raises(DivergedError, match=r"the gradient is not finite at step 7; this rank's loss is nan") as stop:
         run(config)
+    assert f"the last good checkpoint is {last}. A lower --optimizer.base-learning-rate" in str(stop.value)
     assert last.read_bytes() == good
     assert max(line["step"] for line in lines(config)) == 6
 
@@ -488,7 +489,7 @@ def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_
     saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)
     checkpoint.save_atomically(last, saved)
     good = last.read_bytes()
-    with pytest.raises(DivergedError, match="weights are not finite after step 4"):
+    with pytest.raises(DivergedError, match=r"weights are not finite after step 4 .* may help"):
         run(dataclasses.replace(config, stop_at_step=4))
     assert last.read_bytes() == good
 
