@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -29,9 +30,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, host, losses, memory, runlog
+from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
 from simclr.batch_norm import replace_batch_norm
-from simclr.beton import Facts
+from simclr.beton import Facts, load_facts
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
@@ -79,16 +80,24 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         ValueError: If configuration, data, devices and an earlier run in the folder do not fit together.
         DivergedError: If the gradient or a weight is not finite any more; the last good checkpoint stays.
         Interrupted: If a signal asked any rank to stop. All that was done is saved.
-        LostPeerError: If another rank has died or stands still.
+        LostPeerError: If another rank has died, stands still, or refuses to start.
     """
     checkpoint.require_safe_loading()
+    for line in launch.require_known_requests():
+        print(line, file=sys.stderr, flush=True)
+    join(signals)
+    with Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers, peers.explained():
+        launch.require_one_run(peers.gather(statement(config)))
+        pretrain(config, peers)
+    return config.folder
+
+
+def pretrain(config: TrainConfig, peers: Peers) -> None:
+    """Do what :func:`main` does, once all processes have met and are known to be one run."""
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
-    with (
-        Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers,
-        open_images(config.data, backend=config.loader, device=accelerator.device) as source,
-    ):
+    with open_images(config.data, backend=config.loader, device=accelerator.device) as source:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
@@ -161,7 +170,6 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
                     raise DivergedError(f"{error}{_way_out(run)}") from error
     for tracker in accelerator.trackers:
         tracker.finish()
-    return config.folder
 
 
 def prepare_model(
@@ -541,16 +549,43 @@ def save(run: Run, *, is_best: bool) -> None:
 # Devices, data and an earlier run
 
 
+def join(signals: Signals | None = None) -> PartialState:
+    """Meet the other processes that the launcher has started, or be alone; done once. Returns accelerate's view."""
+    use_cpu = not torch.cuda.is_available() or launch.cpu_is_asked_for()
+    with launch.saying_who_is_awaited(signals):
+        try:
+            return PartialState(cpu=use_cpu, timeout=datetime.timedelta(seconds=START_SECONDS))
+        except ValueError as error:  # incomplete variables
+            raise ValueError(f"{error}. {launch.if_alone()}") from error
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            raise LostPeerError(f"the processes of this run did not meet: {error}") from error
+
+
+def statement(config: TrainConfig) -> dict[str, str]:
+    """Return all that this rank's results depend on, for :func:`simclr.launch.require_one_run`, by name."""
+    facts, device = load_facts(config.data), PartialState().device
+    settings = {key: str(value) for key, value in _flat(json.loads(to_json(config))).items()}
+    # Where the images lie and who reads them may differ; what they are may not.
+    return {key: value for key, value in settings.items() if key not in {"data", "loader"}} | {
+        "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
+        "the code": launch.fingerprint_of_code(Path(__file__)),
+        "the device": device.type,
+        "the precision": choose_precision(config, device)[0],
+        **{name: importlib.metadata.version(name) for name in ("torch", "accelerate", "timm", "numpy")},
+    }
+
+
 def start_devices(config: TrainConfig) -> tuple[Accelerator, str]:
-    """Join the other processes. Returns accelerate's view of them, and why this precision was chosen."""
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    state = PartialState(cpu=use_cpu, timeout=datetime.timedelta(seconds=START_SECONDS))
+    """Return accelerate's way to train on this rank's device, and why this precision was chosen."""
+    state = join()
     require_world_size(config, state.num_processes)
     precision, reason = choose_precision(config, state.device)
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ValueError(f"tracker {config.tracker} is not installed: pip install {config.tracker}")
     accelerator = Accelerator(
-        cpu=use_cpu,
+        cpu=state.device.type == "cpu",
         mixed_precision=precision if precision in {"bf16", "fp16"} else "no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.folder,
@@ -569,6 +604,12 @@ def require_world_size(config: TrainConfig, num_processes: int) -> None:
             "On CPUs, `accelerate launch --cpu --num_processes N` starts one whatever N is: use --config_file "
             "accelerate_configs/cpu.yaml --num_processes N (or torchrun --nproc-per-node N)"
         )
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes < announced:
+        raise ValueError(
+            f"WORLD_SIZE in the environment is {announced}, but this process would train alone, as {num_processes}: "
+            f"accelerate wants LOCAL_RANK too. Start it by torchrun or accelerate launch. {launch.if_alone()}"
+        )
     num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_processes < num_tasks:
         raise ValueError(
@@ -579,10 +620,17 @@ def require_world_size(config: TrainConfig, num_processes: int) -> None:
 
 def choose_precision(config: TrainConfig, device: torch.device) -> tuple[str, str]:
     """Return the precision and why."""
-    if config.precision != "auto":
-        if config.precision == "fp16" and device.type == "cpu":
+    asked = launch.mixed_precision_asked_for()
+    if asked is not None and config.precision not in {"auto", asked}:
+        raise ValueError(
+            f"accelerate is told mixed precision {asked} (--mixed_precision, its configuration file or "
+            f"ACCELERATE_MIXED_PRECISION), but precision is {config.precision}; leave one of the two out"
+        )
+    precision = asked or config.precision
+    if precision != "auto":
+        if precision == "fp16" and device.type == "cpu":
             raise ValueError("precision fp16 needs a GPU; use --precision bf16 or fp32 on a CPU")
-        return config.precision, "as configured"
+        return precision, "accelerate's mixed precision" if asked else "as configured"
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "the GPU computes with it") if has_bf16 else ("fp32", "the GPU is older than bf16")
@@ -816,9 +864,11 @@ def conclude(config: TrainConfig) -> None:
         distributed.leave()
         sys.exit(EXIT_SAVED)
     except LostPeerError as error:
+        launch.tell_launcher(str(error))
         print(f"train_simclr.py: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly end would wait for the ranks that are lost
     except ValueError as error:  # what the user can put right; anything else keeps its traceback
+        launch.tell_launcher(str(error))
         sys.exit(f"train_simclr.py: {error}")
     distributed.leave()
 

@@ -242,6 +242,10 @@ def turbojpeg_flags(compiler: str, folder: Path | None) -> str | None:
         flags = "-lturbojpeg"
     else:
         folder = folder.resolve()
+        # Looked for here, since a compiler that does not find them there goes on with the system's.
+        for file in (folder / "include" / "turbojpeg.h", folder / "lib" / "libturbojpeg.so"):
+            if not file.exists():
+                raise CannotBuildError(f"--turbojpeg {folder}: libjpeg-turbo cannot be used from there: no {file}")
         flags = f"-I{folder / 'include'} -L{folder / 'lib'} -lturbojpeg"
     source = "#include <turbojpeg.h>\nvoid *f() { return tjInitDecompress(); }\n"
     output = try_compile(compiler, source, shlex.split(flags))

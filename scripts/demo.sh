@@ -16,6 +16,8 @@ probe=(python linear_probe.py --run "$run")
 
 scripts/setup.sh
 activate
+# accelerate would count all cores of the machine, whatever this process may use, and say that it had to guess.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 
 stage "data: ${prepare_data[*]}"
 "${prepare_data[@]}"

@@ -297,14 +297,13 @@ class SideChannel:
         if self._group is not None:
             dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
 
-    def gather(self, number: int) -> list[int]:
-        """Return every rank's number, in rank order."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value (numbers, text, dicts of them), in rank order."""
         if self._group is None:
-            return [number]
-        gathered = torch.empty(world_size(), dtype=torch.int64)
-        _all_gather(gathered, torch.tensor([number]), group=self._group)
-        numbers: list[int] = gathered.tolist()
-        return numbers
+            return [value]
+        gathered: list[Any] = [None] * world_size()
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
     def vote(self, number: int) -> int:
         """Cast a number; return the largest that was cast at the call before, on any rank (at first 0).
@@ -335,7 +334,7 @@ def store() -> Any:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective call failed because another rank has died, or did not come in time."""
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+    if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
 

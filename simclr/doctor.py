@@ -31,14 +31,14 @@ import torch
 import tyro
 from accelerate import PartialState
 
-from simclr import beton, checkpoint, distributed, runlog
+from simclr import beton, checkpoint, distributed, launch, runlog
 from simclr.data import EpochPlan, open_images
 from simclr.host import usable_cores
 from simclr.models import SimCLR
 from simclr.presets import DEFAULT, PRESETS
 
 WORLD, LOCAL = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # of the launcher
-ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}  # as in train_simclr.py
+ON_CPU = launch.cpu_is_asked_for()
 _PACKAGES = ("torch", "accelerate", "timm", "torchvision", "numpy")
 _ALL_REDUCE_BYTES = 64 << 20  # about the gradient of a ResNet-18 with its projector in float32
 

@@ -34,8 +34,9 @@ class ModelConfig:
     """What to build."""
 
     encoder: str = "resnet18"
-    """Any timm model name, or small_resnet_wN (N: width of the first stage, from 8): one basic block per stage at widths
-    N, 2N, 4N, for CPUs; or small_resnet_wN_dD: the same and a 1x1 convolution that widens the representation to D."""
+    """Any timm model name, or small_resnet_wN (N: width of the first stage, 8 or more): one basic block per stage at
+    widths N, 2N, 4N, for CPUs; or small_resnet_wN_dD: the same and a 1x1 convolution that widens the representation to
+    D."""
 
     stem: Stem = "auto"
     """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
@@ -142,9 +143,9 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
 def _require_right_gradients(encoder: nn.Module, name: str) -> None:
     """Refuse a network whose gradients some CPUs compute wrongly, on every machine: a run must not depend on its CPU.
 
-    oneDNN's backward pass of a 1x1 convolution with a stride, in channels_last, with fewer than 8 input channels, writes
-    past its buffers on CPUs with AVX2 and no AVX-512 (uxlfoundation/oneDNN issue 6035): one thread damages the heap, two
-    return gradients that are 17 to 50 % off.
+    On CPUs with AVX2 and no AVX-512, oneDNN's backward pass of a 1x1 convolution with a stride, in channels_last and
+    with fewer than 8 input channels, writes beyond its buffers (uxlfoundation/oneDNN issue 6035): one thread damages
+    the heap, two return gradients that are 17 to 50 % off.
     """
     for where, layer in encoder.named_modules():
         is_strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1

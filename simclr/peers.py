@@ -79,9 +79,9 @@ class Peers:
         """Wait for all ranks."""
         self._channel.meet()
 
-    def gather(self, number: int) -> list[int]:
-        """Return every rank's number, in rank order, on every rank."""
-        return self._channel.gather(number)
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value (numbers, text, dicts of them), in rank order, on every rank."""
+        return self._channel.gather(value)
 
     def step_taken(self, step: int) -> str:
         """Tell that ``step`` steps are taken; return who was asked to stop by what, the same on every rank, or "".
@@ -109,7 +109,7 @@ class Peers:
         self._set_limit(self._timeout)
 
     @contextlib.contextmanager
-    def explained(self, before_exit: Callable[[str], None]) -> Iterator[None]:
+    def explained(self, before_exit: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
         """Tell the others why this rank leaves, if it does, and name the rank that is lost, if that is why.
 
         Args:
@@ -121,6 +121,8 @@ class Peers:
         self._before_exit = before_exit
         try:
             yield
+        except LostPeerError:
+            raise
         except Exception as error:
             if not is_lost_peer(error):
                 self.leave(f"{type(error).__name__}: {error}")

@@ -94,6 +94,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_passed] = set()
 
 
+def pytest_report_header() -> str:
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    held = f", oneDNN held to {limit}" if limit else ""
+    return f"torch {torch.__version__} computes with {torch.backends.cpu.get_cpu_capability()}{held}"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,

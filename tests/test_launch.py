@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,17 +20,26 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import checkpoint
+from simclr import beton, checkpoint, launch
+from simclr.config import OptimizerConfig, TrainConfig
+from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
+from simclr.models import ModelConfig
+from tests.helpers import forget_accelerate_state
+from tests.ranks import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -356,6 +366,235 @@ def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
     assert status == 0, output
     assert f"resuming:   after step {said['step']} of {STEPS}" in output
     assert_is_the_run(folder, one_process, 2)
+
+
+# ------------------------------------------------------------------------------------------ before training
+
+
+def other_images(folder: Path, number: int, seed: int = 1) -> Path:
+    path = folder / f"{number}-{seed}.beton"
+    convert(shapes(seed, "train", number), path, Storage())
+    return path
+
+
+def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) -> None:
+    """Of the settings all but two, and what these two stand for."""
+    config = TrainConfig(data=images)
+
+    def leaves(value: Any, name: str = "") -> set[str]:
+        if not isinstance(value, dict):
+            return {name}
+        return {leaf for key, entry in value.items() for leaf in leaves(entry, f"{name}.{key}" if name else key)}
+
+    said = train_simclr.statement(config)
+    assert set(said) >= leaves(dataclasses.asdict(config)) - {"data", "loader"}
+    moved = tmp_path / "moved.beton"
+    for path in (images, beton.sidecar_path(images)):
+        shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
+    assert train_simclr.statement(dataclasses.replace(config, data=moved, loader="memory")) == said
+    for other in (other_images(tmp_path, NUM_IMAGES), other_images(tmp_path, NUM_IMAGES + 1, seed=0)):
+        there = train_simclr.statement(dataclasses.replace(config, data=other))
+        assert {name for name in said if said[name] != there[name]} == {"the data"}
+
+
+def test_code_is_compared(tmp_path: Path) -> None:
+    entry = tmp_path / "train.py"
+    prints = []
+    for text in ("a = 1", "a = 2"):
+        entry.write_text(text)
+        prints.append(launch.fingerprint_of_code(entry))
+    assert prints[0] != prints[1]
+    assert launch.fingerprint_of_code(entry) == prints[1]
+
+
+def test_what_differs_is_named_with_the_ranks() -> None:
+    same = {"seed": "0", "epochs": "5"}
+    launch.require_one_run([same] * 5)
+    with pytest.raises(launch.DifferentRunsError) as raised:
+        launch.require_one_run([same, same, {**same, "seed": "1"}, same, {"seed": "2", "epochs": "6", "new": "x"}])
+    assert str(raised.value) == (
+        "these processes are not one run: epochs is 5 on ranks 0 to 3, 6 on rank 4; new is not given on ranks 0 to 3, "
+        "x on rank 4; seed is 0 on ranks 0 to 1, 3, 1 on rank 2, 2 on rank 4. Start all of them with the same command, "
+        "code and images"
+    )
+    many = {str(i): "0" for i in range(20)}
+    with pytest.raises(launch.DifferentRunsError, match="; and 8 more"):
+        launch.require_one_run([many, dict.fromkeys(many, "1")])
+
+
+OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "learning rate": (
+        {"optimizer": OptimizerConfig(base_learning_rate=0.2)},
+        "optimizer.base_learning_rate is 0.1 on rank 0, 0.2 on rank 1",
+    ),
+    "epochs": ({"epochs": 3}, "epochs is 2 on rank 0, 3 on rank 1"),
+    "micro-batches": ({"micro_batch_size": 4}, "micro_batch_size is None on rank 0, 4 on rank 1"),
+    "world size": ({"world_size": 3}, "world_size is 2 on rank 0, 3 on rank 1"),
+    "images": ({"data": "other"}, f"the data is {NUM_IMAGES} images with sha256"),
+    "more images": ({"data": "more"}, f", {NUM_IMAGES + 8} images with sha256"),
+    "no images": ({"data": "none"}, "none.beton"),
+}
+
+
+def is_another_run(case: str, rank: int) -> None:
+    """Rank 1 is started by another command than rank 0."""
+    main = train_simclr.main
+
+    def changed(config: TrainConfig, signals: Signals | None = None) -> Path:
+        settings = {**OTHER_RUNS[case][0]}
+        if "data" in settings:
+            settings["data"] = config.data.with_name(f"{settings['data']}.beton")
+        return main(dataclasses.replace(config, **settings) if rank == 1 else config, signals)
+
+    train_simclr.main = changed
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(tmp_path: Path, case: str) -> None:
+    for name, number, seed in (("train", NUM_IMAGES, 0), ("other", NUM_IMAGES, 1), ("more", NUM_IMAGES + 8, 0)):
+        other_images(tmp_path, number, seed)
+        for path in (tmp_path / f"{number}-{seed}.beton", beton.sidecar_path(tmp_path / f"{number}-{seed}.beton")):
+            path.rename(tmp_path / path.name.replace(f"{number}-{seed}", name))
+    config = TrainConfig(
+        data=tmp_path / "train.beton",
+        output=tmp_path / "run",
+        epochs=2,
+        global_batch_size=BATCH,
+        model=ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
+        optimizer=OptimizerConfig(base_learning_rate=0.1),
+        num_validation=0,
+        world_size=2,
+    )
+    with ranks(config, 2, tmp_path / "logs", functools.partial(is_another_run, case)) as running:
+        assert running.wait(30) == [1, 1]  # a few seconds, most of them for starting
+        for rank in (0, 1):
+            assert OTHER_RUNS[case][1] in running.output(rank)
+            assert "Traceback" not in running.output(rank)
+    assert not (tmp_path / "run").exists()
+
+
+ALONE = """
+import runpy, sys
+from simclr import launch
+launch.SECONDS_UNTIL_SAID = 0.5
+runpy.run_path("train_simclr.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(
+    images: Path, tmp_path: Path, rank: int, number: signal.Signals
+) -> None:
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **variables)
+    with started(sys.executable, "-c", ALONE, *small_run(images, tmp_path / "run", 2)[1:], env=env) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        whom = "the other 1 of 2 processes" if rank == 0 else "rank 0 and the others"
+        assert said.startswith(f"rank {rank} waits for {whom} of this run, to meet at 127.0.0.1:{env['MASTER_PORT']}.")
+        assert "unset RANK WORLD_SIZE LOCAL_RANK" in said
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=10)
+    assert process.returncode == EXIT_SAVED
+    assert rest == f"{number.name}: ended while waiting for the other processes; nothing was begun\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR.*If this was to be the only process: unset RANK WORLD_SIZE"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number"),
+    ],
+)
+def test_incomplete_variables_of_a_launcher_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):  # accelerate fills some in
+        monkeypatch.setenv(name, variables.get(name, ""))
+        if name not in variables:
+            monkeypatch.delenv(name)
+    forget_accelerate_state()
+    with pytest.raises(ValueError, match=message):
+        train_simclr.join()
+    forget_accelerate_state()
+
+
+def test_a_launcher_that_accelerate_does_not_understand_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE in the environment is 2, but this process would train alone"):
+        train_simclr.require_world_size(TrainConfig(), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--micro-batch-size"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "--optimizer.gradient-clip-norm"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "MULTI_GPU"),
+        ("ACCELERATE_USE_FSDP", "true", "MULTI_GPU"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "MULTI_GPU"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "MULTI_GPU"),
+        ("ACCELERATE_USE_SAGEMAKER", "true", "MULTI_GPU"),
+        ("ACCELERATE_IN_TPU_POD", "1", "TPU"),
+        ("ACCELERATE_DOWNCAST_BF16", "yes", "TPU"),
+    ],
+)
+def test_what_accelerate_is_asked_for_in_vain_is_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, way_out: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}: .*{way_out}"):
+        train_simclr.main(TrainConfig(data=images, output=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_launcher_sets_by_itself_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in EXPECTED:
+        words = ["--config_file", str(CONFIGS / config), "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train_simclr.py"]))
+        prepare = prepare_multi_gpu_env if arguments.multi_gpu else lambda a: prepare_simple_launcher_cmd_env(a)[1]
+        with monkeypatch.context() as patch:
+            for name, value in prepare(arguments).items():
+                patch.setenv(name, value)
+            assert launch.require_known_requests() == []
+            assert launch.mixed_precision_asked_for() is None
+    monkeypatch.setenv("ACCELERATE_SOMETHING_NEW", "1")
+    (line,) = launch.require_known_requests()
+    assert line.startswith("ACCELERATE_SOMETHING_NEW=1 is not known here")
+
+
+def test_accelerates_mixed_precision_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    choices: tuple[Literal["auto", "bf16"], ...] = ("auto", "bf16")
+    for chosen in choices:
+        config = TrainConfig(precision=chosen)
+        assert train_simclr.choose_precision(config, cpu) == ("bf16", "accelerate's mixed precision")
+    with pytest.raises(ValueError, match=r"told mixed precision bf16.*but precision is fp32; leave one of the two out"):
+        train_simclr.choose_precision(TrainConfig(precision="fp32"), cuda)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert train_simclr.choose_precision(TrainConfig(), cuda)[0] == "fp16"
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        train_simclr.choose_precision(TrainConfig(), cpu)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed precision fp8; here it is no, bf16 or fp16"):
+        train_simclr.choose_precision(TrainConfig(), cuda)
+
+
+def test_the_launchers_report_ends_with_what_was_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with pytest.raises(SystemExit):
+        train_simclr.conclude(TrainConfig(data=tmp_path / "nowhere.beton"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    *_, last, _border = str(ChildFailedError("train_simclr.py", {0: failure})).splitlines()
+    assert last.startswith(f"  traceback : {tmp_path}/nowhere.beton")
 
 
 @pytest.mark.gpu

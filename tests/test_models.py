@@ -217,7 +217,7 @@ def test_widths_below_one_raise(field: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_gradients_are_right_on_this_cpu_at_the_least_width(threads: int) -> None:
-    """In float32, as trained: channels last, against float64 in the plain layout. Narrower ones are not right everywhere."""
+    """In float32 and channels last, as trained, against float64 in the plain layout."""
     torch.manual_seed(0)
     model = make_encoder("small_resnet_w8", "auto", 32)
     exact = copy.deepcopy(model).double()

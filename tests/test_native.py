@@ -248,7 +248,9 @@ def test_libjpeg_turbo_in_a_folder_of_its_own_is_used_and_found_at_run_time(
 def test_a_wrong_folder_for_libjpeg_turbo_is_an_error(tmp_path: Path) -> None:
     result = _run_installer("--force", "--turbojpeg", str(tmp_path))
     assert result.returncode == 3
-    assert f"--turbojpeg {tmp_path}: libjpeg-turbo cannot be used from there" in result.stderr
+    missing = tmp_path / "include" / "turbojpeg.h"
+    # Also where the system has its own, which the compiler would find instead.
+    assert f"--turbojpeg {tmp_path}: libjpeg-turbo cannot be used from there: no {missing}" in result.stderr
 
 
 def test_the_stand_in_for_pkg_config_answers_what_it_was_told(tmp_path: Path) -> None:
