@@ -94,6 +94,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
 
 def pretrain(config: TrainConfig, peers: Peers) -> None:
     """Do what :func:`main` does, once all processes have met and are known to be one run."""
+    config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
@@ -452,10 +453,11 @@ def require_finite_losses(run: Run, losses_by_step: dict[int, float]) -> None:
 def _way_out(run: Run) -> str:
     last = run.config.folder / checkpoint.LAST
     kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    rate = learning_rate(run.config, run.derived, max(run.progress.step - 1, 0))
     return (
-        f" (epoch {run.epoch}, learning rate {learning_rate(run.config, run.derived, max(run.progress.step - 1, 0)):.3g}); "
-        f"{kept}. A lower --optimizer.base-learning-rate, longer --optimizer.warmup-epochs, "
-        "--optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run another --output"
+        f" (epoch {run.epoch}, learning rate {rate:.3g}); {kept}. A lower --optimizer.base-learning-rate, longer "
+        "--optimizer.warmup-epochs, --optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run "
+        "another --output"
     )
 
 
@@ -497,12 +499,13 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
 
 
 def can_measure(config: TrainConfig, facts: Facts) -> bool:
-    """Whether there are labels and validation images for kNN."""
-    return config.num_validation > 0 and facts.is_labelled
+    """Whether there are labels of several classes, and validation images, for kNN."""
+    return bool(config.num_validation) and facts.is_labelled and facts.num_classes > 1
 
 
 def measure_knn(run: Run) -> float:
     """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result."""
+    assert run.config.num_validation is not None
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
     encode = functools.partial(
         evaluation.extract_features,
@@ -785,7 +788,8 @@ def say_start(
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure(config, facts):
-        why = "num_validation is 0" if facts.is_labelled else "the images have no labels"
+        unlabelled = "all images are of one class" if facts.is_labelled else "the images have no labels"
+        why = unlabelled if config.num_validation else "num_validation is 0"
         print(f"kNN:        not measured, since {why}; {checkpoint.BEST} will be the last epoch")
     if progress.step:
         print(f"resuming:   after step {progress.step} of {derived.total_steps}")

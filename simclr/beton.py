@@ -831,9 +831,12 @@ def load_facts(path: PathLike) -> Facts:
         Its facts. That they belong to the file is for ``check`` or ``verify`` to say.
 
     Raises:
-        BetonError: If the sidecar is missing, of another version, has unknown, missing or ill-typed entries, or
-            contradicts itself.
+        BetonError: If ``path`` is a folder, or the sidecar is missing, of another version, has unknown, missing or
+            ill-typed entries, or contradicts itself.
     """
+    if Path(path).is_dir():
+        held = ", ".join(str(file) for file in sorted(Path(path).glob("*.beton")))
+        raise BetonError(f"{path} is a folder. " + (f"Name a .beton file in it: {held}" if held else _HOW_TO_CONVERT))
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise BetonError(

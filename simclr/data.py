@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import beton
-from simclr.beton import BetonError, Facts
+from simclr.beton import Facts
 
 Backend = Literal["ffcv", "memory"]
 BackendChoice = Literal["auto", "ffcv", "memory"]
@@ -248,12 +248,6 @@ def open_images(
     if num_workers is not None:
         _require_integer("num_workers", num_workers, 1)
     path = Path(path)
-    if path.is_dir():
-        held = ", ".join(str(file) for file in sorted(path.glob("*.beton")))
-        raise BetonError(
-            f"{path} is a folder, and images are read from a .beton file; "
-            + (f"name one of those in it: {held}" if held else "python -m data_prep writes one (see its --help)")
-        )
     facts = beton.load_facts(path)
     if facts.file_bytes <= _CHECKSUM_LIMIT_BYTES:
         facts, checked = beton.verify(path), "checksum verified"
