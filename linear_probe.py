@@ -9,6 +9,7 @@ the test images are measured, and choose nothing. Runs in one process, on the fi
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from simclr import beton, evaluation, host, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
-from simclr.config import ProbeConfig
+from simclr.config import ProbeConfig, default_num_validation
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
 from simclr.models import SimCLR
@@ -70,8 +71,10 @@ def main(config: ProbeConfig) -> Path:
         open_images(test_path, backend=config.loader, device=device) as test,
     ):
         notes = check_data(config, pretrained, train, test)
-        fit, validation = validation_split(train.facts.num_images, config.num_validation)
-        task = Task(config, pretrained, train, test, fit, validation, device)
+        sizes = choose_sizes(config, pretrained, train)
+        config = dataclasses.replace(config, **sizes._asdict())
+        fit, validation = validation_split(train.facts.num_images, sizes.num_validation)
+        task = Task(config, pretrained, train, test, fit, validation, sizes.knn_neighbours, device)
         output.mkdir(parents=True, exist_ok=True)
         say_start(task, output, notes)
 
@@ -132,6 +135,7 @@ class Task:
     """Training images that candidates are fitted on."""
     validation: NDArray[np.int64]
     """Training images that candidates are chosen on."""
+    knn_neighbours: int
     device: torch.device
 
     @property
@@ -197,11 +201,11 @@ class Measured:
 def data_paths(config: ProbeConfig, pretrained: Pretrained) -> tuple[Path, Path]:
     """Return the files of the training and test images."""
     train = config.train or pretrained.config.data
-    if not train.is_file():
+    if not train.exists():
         which = "" if config.train else f", the file that {pretrained.path} was pretrained on,"
         raise ValueError(f"{train}{which} is not there; name the training images with --train FILE.beton")
     test = config.test or train.with_name("test.beton")
-    if not test.is_file():
+    if not test.exists():
         raise ValueError(
             f"there are no test images at {test}; name them with --test FILE.beton, or convert them first "
             "(python -m data_prep --help)"
@@ -232,13 +236,6 @@ def check_data(config: ProbeConfig, pretrained: Pretrained, train: ImageSource, 
         raise ValueError(
             f"the classes differ: {train.path} has {list(train.facts.classes)}, {test.path} has "
             f"{list(test.facts.classes)}. Name files of one data set with --train and --test"
-        )
-    num_fit = train.facts.num_images - config.num_validation
-    if num_fit < config.knn_neighbours:
-        raise ValueError(
-            f"num_validation {config.num_validation} leaves {num_fit} of the {train.facts.num_images} training images, "
-            f"but {config.knn_neighbours} neighbours are asked for; use a num_validation of at most "
-            f"{train.facts.num_images - config.knn_neighbours}"
         )
     is_pretraining_file = train.facts.content_sha256 == before.content_sha256
     if not is_pretraining_file and config.train is None:
@@ -304,6 +301,38 @@ def pretraining_images(pretrained: Pretrained, like: Facts) -> set[bytes] | None
     return None
 
 
+class Sizes(NamedTuple):
+    """What depends on the number of training images, unless it is given; by the settings' names."""
+
+    num_validation: int
+    knn_neighbours: int
+    batch_size: int
+
+
+def choose_sizes(config: ProbeConfig, pretrained: Pretrained, train: ImageSource) -> Sizes:
+    """Return what is given, as far as it fits, and defaults for the rest.
+
+    Raises:
+        ValueError: If it does not fit; the message names all that must change, with values that work.
+    """
+    n = train.facts.num_images
+    if n < 2:
+        raise ValueError(f"{train.path} has 1 image, but one is needed to fit on and another one to choose on")
+    usual = max(1, default_num_validation(n))
+    as_before = pretrained.config.num_validation if n == pretrained.facts.num_images else None
+    num_validation = config.num_validation or as_before or usual
+    neighbours = config.knn_neighbours or min(20, max(1, n - num_validation))
+    if num_validation + neighbours > n:
+        given = {"--num-validation": num_validation, "--knn-neighbours": neighbours}
+        fitting = {"--num-validation": usual, "--knn-neighbours": min(neighbours, n - usual)}
+        changes = ", ".join(f"{name} {value}" for name, value in fitting.items() if value != given[name])
+        raise ValueError(
+            f"num_validation {num_validation} leaves {max(0, n - num_validation)} of the {n} images of {train.path}, "
+            f"but {neighbours} neighbours are needed; use {changes}"
+        )
+    return Sizes(num_validation, neighbours, min(config.batch_size, n))
+
+
 def say_start(task: Task, output: Path, notes: list[str]) -> None:
     """Print what is going to be done."""
     config, pretrained = task.config, task.pretrained
@@ -314,6 +343,7 @@ def say_start(task: Task, output: Path, notes: list[str]) -> None:
         f"choice:     {task.train.facts.num_images:,} training images = {len(task.fit):,} to fit "
         f"+ {len(task.validation):,} to choose on"
     )
+    print(f"kNN:        {task.knn_neighbours} neighbours; classifier: batches of {config.batch_size}")
     print(
         f"candidates: {len(config.learning_rates)} learning rates x {len(config.weight_decays)} weight decays = "
         f"{len(task.candidates)}, {config.epochs} epochs each ({config.mode})"
@@ -382,7 +412,7 @@ def measure_knn(task: Task, train: Features, test: Features) -> tuple[float, flo
         return evaluation.knn_accuracy(
             bank,
             queries,
-            k=task.config.knn_neighbours,
+            k=task.knn_neighbours,
             temperature=task.config.knn_temperature,
             num_classes=task.train.facts.num_classes,
         )

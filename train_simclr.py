@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
@@ -57,6 +56,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
+from simclr.tiled import unit_rows
 from simclr.views import describe, say_view_stages
 
 MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128
@@ -100,6 +100,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
 def pretrain(config: TrainConfig, peers: Peers) -> None:
     """Do what :func:`main` does, once all processes have met and are known to be one run."""
     runlog.require_run_or_empty(config.folder)
+    config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
@@ -176,7 +177,10 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
                     writer=writer,
                     peers=peers,
                 )
-                train(run, log)
+                try:
+                    train(run, log)
+                except DivergedError as error:
+                    raise DivergedError(f"{error}{_way_out(run)}") from error
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -446,7 +450,7 @@ def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
     The mean cosine similarity of the two views of an image; and the mean standard deviation of a coordinate of the
     normalised projection times sqrt(d), which is 0 when all are equal and near 1 when they point everywhere.
     """
-    unit_1, unit_2 = (F.normalize(z.float(), dim=1) for z in (z1, z2))
+    unit_1, unit_2 = (unit_rows(z.float())[0] for z in (z1, z2))
     spread = unit_1.std(dim=0, correction=0).mean() * unit_1.shape[1] ** 0.5
     return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
 
@@ -455,16 +459,17 @@ def require_finite_losses(run: Run, losses_by_step: dict[int, float]) -> None:
     """Stop if one of the last steps' losses is not finite. Every rank has the same values, so all stop."""
     for step, loss in losses_by_step.items():
         if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}{_way_out(run)}")
+            raise DivergedError(f"the loss is {loss} at step {step}")
 
 
 def _way_out(run: Run) -> str:
     last = run.config.folder / checkpoint.LAST
     kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    rate = learning_rate(run.config, run.derived, max(run.progress.step - 1, 0))
     return (
-        f" (epoch {run.epoch}, learning rate {learning_rate(run.config, run.derived, run.progress.step - 1):.3g}); "
-        f"{kept}. A lower --optimizer.base-learning-rate, longer --optimizer.warmup-epochs, "
-        "--optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run another --output"
+        f" (epoch {run.epoch}, learning rate {rate:.3g}); {kept}. A lower --optimizer.base-learning-rate, longer "
+        "--optimizer.warmup-epochs, --optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run "
+        "another --output"
     )
 
 
@@ -507,8 +512,8 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
 
 
 def can_measure(config: TrainConfig, facts: Facts) -> bool:
-    """Whether there are labels and validation images for kNN."""
-    return config.num_validation > 0 and facts.is_labelled
+    """Whether there are labels of several classes, and validation images, for kNN."""
+    return bool(config.num_validation) and facts.is_labelled and facts.num_classes > 1
 
 
 def measure_knn(run: Run) -> float:
@@ -516,6 +521,7 @@ def measure_knn(run: Run) -> float:
 
     It is done in parts, and before each the ranks tell each other that they go on.
     """
+    assert run.config.num_validation is not None
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
     at_once = MEASURED_AT_ONCE * run.derived.world_size
 
@@ -546,7 +552,7 @@ def require_finite_weights(run: Run) -> None:
     """Stop before a checkpoint that would not be good. Every rank has the same weights, so all stop."""
     norms = torch._foreach_norm([value.float() for value in run.plain_model.state_dict().values()])
     if not bool(torch.stack(list(norms)).isfinite().all()):
-        raise DivergedError(f"weights are not finite after step {run.progress.step}{_way_out(run)}")
+        raise DivergedError(f"weights are not finite after step {run.progress.step}")
 
 
 def before_save(lock: runlog.Lock, log: RunLog) -> None:
@@ -830,7 +836,8 @@ def say_start(
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure(config, facts):
-        why = "num_validation is 0" if facts.is_labelled else "the images have no labels"
+        unlabelled = "all images are of one class" if facts.is_labelled else "the images have no labels"
+        why = unlabelled if config.num_validation else "num_validation is 0"
         print(f"kNN:        not measured, since {why}; {checkpoint.BEST} will be the last epoch")
     if progress.step:
         print(f"resuming:   after step {progress.step} of {derived.total_steps}")

@@ -139,7 +139,11 @@ class Facts:
             BetonError: If a channel is constant, so that it cannot be divided by its deviation.
         """
         if min(self.channel_std) <= 0:
-            raise BetonError(f"a colour channel is constant (standard deviations {self.channel_std})")
+            constant = [c for c, std in zip(("red", "green", "blue"), self.channel_std, strict=True) if std <= 0]
+            raise BetonError(
+                f"all pixels of all images have the same {' and '.join(constant)}, and normalising would divide by 0. "
+                "Convert images whose three channels vary; where there are fewer, repeat one, as in a grey image"
+            )
         return self.channel_mean, self.channel_std
 
 
@@ -860,9 +864,12 @@ def load_facts(path: PathLike) -> Facts:
         Its facts. That they belong to the file is for ``check`` or ``verify`` to say.
 
     Raises:
-        BetonError: If the sidecar is missing, of another version, has unknown, missing or ill-typed entries, or
-            contradicts itself.
+        BetonError: If ``path`` is a folder, or the sidecar is missing, of another version, has unknown, missing or
+            ill-typed entries, or contradicts itself.
     """
+    if Path(path).is_dir():
+        held = ", ".join(str(file) for file in sorted(Path(path).glob("*.beton")))
+        raise BetonError(f"{path} is a folder. " + (f"Name a .beton file in it: {held}" if held else _HOW_TO_CONVERT))
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise BetonError(

@@ -31,7 +31,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from simclr.beton import Facts
+from simclr.beton import Facts, PathLike
 from simclr.config import TrainConfig, from_json
 from simclr.models import SimCLR
 
@@ -67,7 +67,7 @@ class Pretrained:
     path: Path
 
 
-def save_atomically(path: Path, payload: dict[str, Any]) -> None:
+def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
     """Write ``payload`` so that ``path`` is at every moment either the old file or the whole new one.
 
     Args:
@@ -87,12 +87,13 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedRandom], object]) -> None:
+def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object]) -> None:
     """Let ``write`` fill a file so that ``path`` is at every moment either the old file or the whole new one.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
     """
+    path = Path(path)
     # A name of its own, so that two programs that write at once cannot mix their bytes.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -129,13 +130,14 @@ def require_safe_loading() -> None:
         )
 
 
-def load_safely(path: Path) -> dict[str, Any]:
+def load_safely(path: PathLike) -> dict[str, Any]:
     """Read a file of :func:`save_atomically`, on the CPU, executing nothing.
 
     Raises:
         CheckpointError: If it is missing, damaged, holds anything but plain data, or has another schema.
         OSError: If it may not be read, which is no damage.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -310,12 +312,13 @@ class Resumable:
     """Newer ones that are missing or damaged, each with the reason."""
 
 
-def load_newest(folder: Path) -> Resumable | None:
+def load_newest(folder: PathLike) -> Resumable | None:
     """Return the newest intact checkpoint of a run's folder, or None if it holds none at all.
 
     Raises:
         CheckpointError: If there are some and none is intact, since starting anew would give up what they hold.
     """
+    folder = Path(folder)
     candidates = [folder / LAST, *(path for _, path in _earlier(folder))]
     if not any(path.exists() for path in candidates):
         return None
@@ -331,7 +334,7 @@ def load_newest(folder: Path) -> Resumable | None:
     )
 
 
-def load_resumable(path: Path) -> dict[str, Any]:
+def load_resumable(path: PathLike) -> dict[str, Any]:
     """Read ``checkpoint_last.pt``. Raises CheckpointError as :func:`load_safely`, or if it cannot be continued."""
     payload = load_safely(path)
     if set(payload) != _RESUME_KEYS:
@@ -342,7 +345,7 @@ def load_resumable(path: Path) -> dict[str, Any]:
     return payload
 
 
-def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretrained:
+def load_pretrained(path: PathLike, device: torch.device | str = "cpu") -> Pretrained:
     """Load a pretrained model, every weight and buffer of it.
 
     Args:
@@ -352,6 +355,7 @@ def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretraine
     Raises:
         CheckpointError: If there is none, it is damaged, or its weights do not fit its configuration exactly.
     """
+    path = Path(path)
     if path.is_dir():
         if not (path / BEST).is_file():
             raise CheckpointError(

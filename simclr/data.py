@@ -273,7 +273,10 @@ def _open_checked(
         if obstacle is None:
             return _FFCVSource(path, facts, device, checked, num_workers)
         if backend == "ffcv":
-            raise ValueError(f'{path} cannot be read with FFCV: {obstacle}. Or read it with backend="memory"')
+            raise ValueError(
+                f"{path} cannot be read with FFCV: {obstacle}. Or read it with --loader memory (in Python: "
+                'backend="memory")'
+            )
         because = f"because {obstacle}"
     return _MemorySource(path, facts, device, f"{because}; {checked}")
 
@@ -429,7 +432,7 @@ class _FFCVSource(ImageSource):
             raise RuntimeError(
                 f"{self.path} was opened with FFCV by process {self._process} and is used by process {os.getpid()}, "
                 "forked from it: threads do not survive a fork. Open it in the new process, started with the spawn "
-                'method, or open it with backend="memory"'
+                'method, or open it with --loader memory (in Python: backend="memory")'
             )
 
     def _require_unchanged(self) -> None:

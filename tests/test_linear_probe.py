@@ -138,7 +138,7 @@ def test_everything_that_was_promised_is_written(outcome: Path) -> None:
 def test_all_three_representations_are_measured(outcome: Path) -> None:
     rows = numbers(outcome)["rows"]
     assert [row["name"] for row in rows] == ["raw pixels", "untrained encoder", "pretrained encoder"]
-    assert [row["width"] for row in rows] == [3 * SIDE * SIDE, 16, 16]
+    assert [row["width"] for row in rows] == [3 * SIDE * SIDE, 32, 32]
     for row in rows:
         assert 0 < row["knn_test"] <= 100
         assert row["classifier"]["test"] > 100 / 3  # the colour tells the class, and every one of them sees it
@@ -363,12 +363,31 @@ def test_a_subset_of_the_pretraining_images_is_not_called_other_images(place: Pa
 
 
 def test_settings_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> None:
-    refused(settings(place, tmp_path / "out", num_validation=118), r"leaves 2 of the 120.*at most 115")
-    refused(settings(place, tmp_path / "out", num_validation=500), r"num_validation 500 leaves -380")
+    refused(settings(place, tmp_path / "out", num_validation=118), r"leaves 2 of the 120 .* use --num-validation 12$")
+    both = settings(place, tmp_path / "out", num_validation=500, knn_neighbours=119)
+    refused(both, r"num_validation 500 leaves 0 .* use --num-validation 12, --knn-neighbours 108$")
+    neighbours = settings(place, tmp_path / "out", num_validation=None, knn_neighbours=119)
+    refused(neighbours, r"num_validation 40 leaves 80 .* use --num-validation 12, --knn-neighbours 108$")
     with pytest.raises(ValueError, match=r"learning_rates is .* expected all > 0"):
         settings(place, tmp_path, learning_rates=(0.1, 0.0))
     with pytest.raises(ValueError, match="momentum is 1"):
         settings(place, tmp_path, momentum=1.0)
+
+
+def test_what_is_not_given_follows_the_run_and_the_images(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sizes_of(**changes: Any) -> list[int]:
+        config = settings(place, tmp_path / "out", num_validation=None, knn_neighbours=None, baselines=False, **changes)
+        probe = numbers(linear_probe.main(dataclasses.replace(config, epochs=1)))["config"]
+        return [probe[name] for name in ("num_validation", "knn_neighbours", "batch_size")]
+
+    assert sizes_of(batch_size=32) == [NUM_VALIDATION, 20, 32]  # the run's
+    assert "kNN:        20 neighbours" in capsys.readouterr().out
+    few = tmp_path / "few.beton"
+    write(few, 14, seed=5)
+    assert sizes_of(train=few, test=place / "data" / "test.beton", batch_size=32) == [1, 13, 14]
+    assert "kNN:        13 neighbours; classifier: batches of 14" in capsys.readouterr().out
 
 
 def test_the_candidates_depend_on_the_mode() -> None:
