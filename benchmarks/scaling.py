@@ -96,7 +96,7 @@ def barlow_cost(form: str, n: int, d: int, size: int) -> Cost:
     held = (8 * pairs * d + 5 * d**2) * FLOAT
     if form == "gather":
         return Cost(flops, 0, traffic, (size - 1) / size * 2 * n * d * FLOAT, 4 * collective, held)
-    return Cost(flops, 0, traffic, 2 * (size - 1) / size * (d**2 + 10 * d) * FLOAT, 7 * collective, held)
+    return Cost(flops, 0, traffic, 2 * (size - 1) / size * (d**2 + 10 * d) * FLOAT, 9 * collective, held)
 
 
 # An H100 by its data sheet, at what large products reach of it, and one 400 Gb/s port for each GPU. Not measured.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -30,7 +31,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from simclr.beton import Facts
+from simclr.beton import Facts, PathLike
 from simclr.config import TrainConfig, from_json
 from simclr.models import SimCLR
 
@@ -66,7 +67,7 @@ class Pretrained:
     path: Path
 
 
-def save_atomically(path: Path, payload: dict[str, Any]) -> None:
+def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
     """Write ``payload`` so that ``path`` is at every moment either the old file or the whole new one.
 
     Args:
@@ -86,12 +87,13 @@ def save_atomically(path: Path, payload: dict[str, Any]) -> None:
     write_atomically(path, write)
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedRandom], object]) -> None:
+def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object]) -> None:
     """Let ``write`` fill a file so that ``path`` is at every moment either the old file or the whole new one.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
     """
+    path = Path(path)
     # A name of its own, so that two programs that write at once cannot mix their bytes.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -128,18 +130,24 @@ def require_safe_loading() -> None:
         )
 
 
-def load_safely(path: Path) -> dict[str, Any]:
+def load_safely(path: PathLike) -> dict[str, Any]:
     """Read a file of :func:`save_atomically`, on the CPU, executing nothing.
 
     Raises:
         CheckpointError: If it is missing, damaged, holds anything but plain data, or has another schema.
+        OSError: If it may not be read, which is no damage.
     """
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         with path.open("rb") as file:
             _check_seal(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # no rights, say: it may be intact, and falling back would lose steps
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds for foreign files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
@@ -227,6 +235,10 @@ class CheckpointWriter:
         if self._pending is not None and self._pending.done():
             self.flush()
 
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to the disk, after waiting for that for a moment."""
+        return self._pending is None or bool(concurrent.futures.wait([self._pending], 0.1).done)
+
     def flush(self) -> None:
         """Wait until all is on the disk. Raises CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None
@@ -254,7 +266,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self.flush()
-        except CheckpointError as failure:
+        except (ValueError, OSError) as failure:
             if error is None:
                 raise
             error.add_note(f"besides: {failure}")
@@ -300,12 +312,13 @@ class Resumable:
     """Newer ones that are missing or damaged, each with the reason."""
 
 
-def load_newest(folder: Path) -> Resumable | None:
+def load_newest(folder: PathLike) -> Resumable | None:
     """Return the newest intact checkpoint of a run's folder, or None if it holds none at all.
 
     Raises:
         CheckpointError: If there are some and none is intact, since starting anew would give up what they hold.
     """
+    folder = Path(folder)
     candidates = [folder / LAST, *(path for _, path in _earlier(folder))]
     if not any(path.exists() for path in candidates):
         return None
@@ -317,19 +330,22 @@ def load_newest(folder: Path) -> Resumable | None:
             passed_over.append(str(error))
     raise CheckpointError(
         f"{folder} holds a run, but none of its checkpoints is intact: {'; '.join(passed_over)}. To begin anew give "
-        "another --output, or remove these files"
+        "another --output"
     )
 
 
-def load_resumable(path: Path) -> dict[str, Any]:
+def load_resumable(path: PathLike) -> dict[str, Any]:
     """Read ``checkpoint_last.pt``. Raises CheckpointError as :func:`load_safely`, or if it cannot be continued."""
     payload = load_safely(path)
     if set(payload) != _RESUME_KEYS:
         raise CheckpointError(f"{path} cannot be continued from: {_difference(set(payload), _RESUME_KEYS)}")
+    for key in ("step", "epoch"):
+        if type(payload[key]) is not int or payload[key] < 0:
+            raise CheckpointError(f"{path} cannot be continued from: its {key} is {payload[key]!r}")
     return payload
 
 
-def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretrained:
+def load_pretrained(path: PathLike, device: torch.device | str = "cpu") -> Pretrained:
     """Load a pretrained model, every weight and buffer of it.
 
     Args:
@@ -339,6 +355,7 @@ def load_pretrained(path: Path, device: torch.device | str = "cpu") -> Pretraine
     Raises:
         CheckpointError: If there is none, it is damaged, or its weights do not fit its configuration exactly.
     """
+    path = Path(path)
     if path.is_dir():
         if not (path / BEST).is_file():
             raise CheckpointError(

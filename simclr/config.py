@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from simclr.losses import BarlowForm, KernelChoice, NTXentForm
 from simclr.models import ModelConfig
@@ -132,9 +132,9 @@ class TrainConfig:
     """Whether the two views pass the network one after the other, so that batch normalisation sees each by itself
     (as Barlow Twins' code does); otherwise they pass together (as SimCLR's code does), which is faster."""
 
-    num_validation: int = 5000
+    num_validation: int | None = None
     """Images of the training file whose labels measure (kNN: queries); the others are the kNN bank. All images are
-    pretrained on, without labels. 0: no measuring."""
+    pretrained on, without labels. 0: no measuring. Default: a tenth, at most 5,000."""
 
     knn_every_epochs: int = 10
     """How often kNN accuracy is measured; also after the last epoch. 0: only then."""
@@ -192,12 +192,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
+        _require_ordinary(self)
+        _make_paths(self, "data", "output")
         valid_name = bool(self.name) and not set(self.name) & set("/\\") and self.name not in {".", ".."}
         _require(valid_name, "name", repr(self.name), "a name for a folder, without slashes")
-        for name in ("epochs", "global_batch_size", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
+        batch = self.global_batch_size
+        _require(batch >= 2, "global_batch_size", batch, "at least 2, since an image is compared with others")
+        for name in ("epochs", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_validation", "knn_every_epochs", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(
+            self.num_validation is None or self.num_validation >= 0, "num_validation", self.num_validation, "at least 0"
+        )
+        _require(self.knn_every_epochs >= 0, "knn_every_epochs", self.knn_every_epochs, "at least 0")
         for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
@@ -205,7 +211,7 @@ class TrainConfig:
         valid = valid and sum(share for _, share in self.view_sizes) <= 1
         expected = "pairs of a side of at least 1 and a share > 0 of the epochs, at most 1 in all"
         _require(valid, "view_sizes", self.view_sizes, expected)
-        _require(self.timeout_seconds > 0, "timeout_seconds", self.timeout_seconds, "> 0")
+        _require(0 < self.timeout_seconds <= 1e9, "timeout_seconds", self.timeout_seconds, "> 0, and at most 1e9")
         fields = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
             _require(name.split(".")[0] in fields, "allow_changed", repr(name), "the name of a setting")
@@ -242,6 +248,12 @@ class TrainConfig:
         """Where the run is kept."""
         return self.output or Path("results") / f"{self.name}-seed{self.seed}"
 
+    def for_images(self, num_images: int) -> Self:
+        """Return the same with what depends on the number of images filled in."""
+        if self.num_validation is not None:
+            return self
+        return dataclasses.replace(self, num_validation=default_num_validation(num_images))
+
     @property
     def view_stages(self) -> tuple[tuple[int, int], ...]:
         """``view_sizes`` with whole epochs in place of shares; each ends at the last epoch that its share reaches."""
@@ -252,6 +264,11 @@ class TrainConfig:
             stages.append((side, end - before))
             before = end
         return tuple(stages)
+
+
+def default_num_validation(num_images: int) -> int:
+    """Return how many images of a training file are held out to measure on, unless a number is given."""
+    return min(num_images // 10, 5000)
 
 
 @dataclass(frozen=True)
@@ -305,7 +322,7 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
 
     Raises:
         ValueError: If the global batch cannot be shared equally, is not filled by all images together, or the
-            validation images leave no other ones; the message names values that work.
+            validation images leave no other ones; one message names all that must change, with values that work.
     """
     batch = config.global_batch_size
     if world_size > num_images:
@@ -313,23 +330,22 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
             f"{world_size} processes take part, but {config.data} has {num_images} images, and each process needs at "
             f"least one per batch; use more images or at most {num_images} processes"
         )
-    if batch % world_size:
-        below = batch - batch % world_size
-        usable = " or ".join(str(size) for size in (below, below + world_size) if size)
-        raise ValueError(
-            f"global_batch_size {batch} is not divisible by the {world_size} processes; use "
-            f"--global-batch-size {usable}"
-        )
-    if batch > num_images:
-        raise ValueError(
-            f"{config.data} has {num_images} images, which do not fill one batch of {batch}; use more images or "
-            f"--global-batch-size {num_images - num_images % world_size or num_images}"
-        )
-    if config.num_validation >= num_images:
-        raise ValueError(
-            f"num_validation {config.num_validation} leaves none of the {num_images} images of {config.data} as "
-            f"neighbours; use --num-validation {num_images // 10}, or 0 for no measuring"
-        )
+    if num_images < 2:
+        raise ValueError(f"{config.data} has 1 image, and pretraining compares an image with others; use more images")
+    problems, changes = [], []
+    if batch > num_images or batch % world_size:
+        if batch > num_images:
+            problems.append(f"they do not fill one batch of global_batch_size {batch}")
+        if batch % world_size:
+            problems.append(f"global_batch_size {batch} is not divisible by the {world_size} processes")
+        below = min(batch, num_images) // world_size * world_size
+        usable = " or ".join(str(size) for size in (below, below + world_size) if 2 <= size <= num_images)
+        changes.append(f"--global-batch-size {usable}")
+    if config.num_validation is not None and config.num_validation >= num_images:
+        problems.append(f"num_validation {config.num_validation} leaves none of them as neighbours")
+        changes.append(f"--num-validation {default_num_validation(num_images)}")
+    if problems:
+        raise ValueError(f"{config.data} has {num_images} images: {'; '.join(problems)}. Use {', '.join(changes)}")
     steps_per_epoch, left_out = divmod(num_images, batch)
     total_steps = config.epochs * steps_per_epoch
     return Derived(
@@ -390,10 +406,13 @@ class ProbeConfig:
     """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 5e-4 (finetune)."""
 
     momentum: float = 0.9
-    num_validation: int = 5000
-    """Images of the training file held out to choose on; the same ones as pretraining's kNN."""
+    num_validation: int | None = None
+    """Images of the training file held out to choose on. Default: those that the run measured kNN on; a tenth, at most
+    5,000, of a file of another size."""
 
-    knn_neighbours: int = 20
+    knn_neighbours: int | None = None
+    """Default: 20, or as many as there are."""
+
     knn_temperature: float = 0.1
 
     baselines: bool = True
@@ -406,16 +425,41 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         """Fill in the candidates that depend on the mode, and refuse what cannot run."""
+        _require_ordinary(self)
+        _make_paths(self, "run", "train", "test", "output")
         for name, candidates in _CANDIDATES[self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
         for name in ("epochs", "batch_size", "num_validation", "knn_neighbours"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         _require(min(self.learning_rates) > 0, "learning_rates", self.learning_rates, "all > 0")
         _require(min(self.weight_decays) >= 0, "weight_decays", self.weight_decays, "all at least 0")
         _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "> 0")
+
+
+def _require_ordinary(value: object, name: str = "") -> None:
+    """Refuse numbers that no setting may have, in all parts of a configuration, by their dotted names."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            _require_ordinary(part, f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for entry in value:
+            _require_ordinary(entry, name)
+    elif isinstance(value, float):
+        _require(math.isfinite(value), name, value, "a finite number")
+    elif isinstance(value, int):
+        low, high = (0, 2**64 - 1) if name == "seed" else (-(2**63), 2**63 - 1)
+        _require(low <= value <= high, name, value, f"{low} to {high}")
+
+
+def _make_paths(config: object, *names: str) -> None:
+    """Let paths be given as text."""
+    for name in names:
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, Path(getattr(config, name)))
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

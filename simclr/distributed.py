@@ -201,6 +201,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise maximum of ``values`` over all ranks, without gradient. Collective call."""
+    if world_size() == 1:
+        return values.detach()
+    largest = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def replicated_gather(rows: Tensor) -> Tensor:
     """As :func:`gather_with_grad`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
 

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed
-from simclr.beton import Facts
+from simclr.beton import Facts, PathLike
 from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.data import EpochPlan
 from simclr.models import make_encoder
 from simclr.optim import learning_rate_at
+from simclr.tiled import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
@@ -69,6 +70,12 @@ class Features:
         """Return the features at the given rows, in that order."""
         at = torch.from_numpy(which).to(self.label.device)
         return Features(self.representation[at], self.label[at], self.index[at])
+
+    @staticmethod
+    def joined(parts: Sequence[Features]) -> Features:
+        """Return all rows of the parts, in order."""
+        names = ("representation", "label", "index")
+        return Features(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,10 +238,10 @@ def knn_predict(
             f"the bank's features have width {bank.representation.shape[1]}, "
             f"the queries' have {queries.representation.shape[1]}"
         )
-    bank_rows = F.normalize(bank.representation, dim=1)
+    bank_rows, *_ = unit_rows(bank.representation)
     predictions = []
     for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
-        similarity, neighbour = (F.normalize(block, dim=1) @ bank_rows.T).topk(k, dim=1)
+        similarity, neighbour = (unit_rows(block)[0] @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
         predictions.append(votes.argmax(dim=1))
@@ -557,7 +564,7 @@ def head_predict(head: nn.Linear, features: Features) -> Tensor:
 
 
 def save_classifier(
-    path: Path, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
+    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
 ) -> None:
     """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
     payload = {
@@ -572,7 +579,7 @@ def save_classifier(
     checkpoint.save_atomically(path, payload)
 
 
-def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
     """Load ``simclr_lin_best.pt``.
 
     Args:
@@ -585,6 +592,7 @@ def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifie
     Raises:
         CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
     """
+    path = Path(path)
     payload = checkpoint.load_safely(path / CLASSIFIER if path.is_dir() else path)
     if payload.get("kind") != "classifier":
         raise checkpoint.CheckpointError(

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from simclr import checkpoint, host
+from simclr.beton import PathLike
 from simclr.checkpoint import CheckpointError, Pretrained
 from simclr.models import Stem, make_encoder
 
@@ -38,7 +39,7 @@ class Options:
     """Default: encoder.safetensors beside the checkpoint."""
 
 
-def export_encoder(pretrained: Pretrained, path: Path) -> None:
+def export_encoder(pretrained: Pretrained, path: PathLike) -> None:
     """Write the encoder's weights and buffers.
 
     Args:
@@ -74,14 +75,14 @@ class Encoder:
     metadata: dict[str, str]
 
 
-def load_encoder(path: Path, device: torch.device | str = "cpu") -> Encoder:
+def load_encoder(path: PathLike, device: torch.device | str = "cpu") -> Encoder:
     """Load what :func:`export_encoder` wrote.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or not of this project.
     """
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
         weights = load(content)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -122,6 +123,7 @@ def main(options: Options) -> Path:
 
 
 if __name__ == "__main__":
+    host.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.export", description=__doc__))
     except ValueError as error:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simclr import distributed
-from simclr.tiled import Kernels, nt_xent_of_rows
+from simclr.tiled import Kernels, nt_xent_of_rows, power_of_two, unit_rows
 
 NTXentForm = Literal["auto", "matrix", "tiled", "ring"]
 BarlowForm = Literal["auto", "gather", "sums"]
@@ -60,7 +60,7 @@ def nt_xent(
     Args:
         z1: Projections of the first view, shape (b, d), floating point. Need not be normalised.
         z2: Projections of the second view, same shape, dtype and device as ``z1``.
-        temperature: Softmax temperature tau, > 0, unitless. Cosine similarities are divided by it.
+        temperature: Softmax temperature tau, > 0, unitless, a number. Cosine similarities are divided by it.
         form: "matrix" holds the (2b, 2n) similarities, and is the one that can be differentiated twice. "tiled"
             computes them tile by tile, and again in the backward pass: memory O(n d). "ring" is tiled, and receives
             the other devices' projections one device at a time: memory O(n d / world_size). "auto":
@@ -91,6 +91,7 @@ def nt_xent(
         TensorFlow code adds the two halves instead, which is twice this.)
     """
     _check_pair(z1, z2)
+    temperature = _number("temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive finite number, got {temperature}; the paper uses 0.1 to 1")
     _check_word("form", form, NTXentForm)
@@ -103,11 +104,11 @@ def nt_xent(
     if choice.form == "matrix" and bf16_matmul:
         raise ValueError("bf16_matmul needs form tiled or ring, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = _at_least_float32(z1), _at_least_float32(z2)
+        z = torch.cat([_at_least_float32(z1), _at_least_float32(z2)])
         if choice.form == "matrix":
-            return _nt_xent_matrix(_unit_rows(z1), _unit_rows(z2), temperature)
+            return _nt_xent_matrix(unit_rows(z)[0], temperature)
         return nt_xent_of_rows(
-            torch.cat([z1, z2]),
+            z,
             temperature,
             ring=choice.form == "ring",
             kernels=choice.kernels,
@@ -140,12 +141,12 @@ def choose_nt_xent(
     return Choice("tiled", kernels, where)
 
 
-def _nt_xent_matrix(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    pairs = torch.stack([z1, z2], dim=1)
+def _nt_xent_matrix(x: Tensor, temperature: float) -> Tensor:
+    pairs = torch.stack(x.chunk(2), dim=1)
     all_z1, all_z2 = distributed.gather_with_grad(pairs, known_equal=True).unbind(dim=1)
-    b, n = len(z1), len(all_z1)
-    similarity = torch.cat([z1, z2]) @ torch.cat([all_z1, all_z2]).T  # (2b, 2n)
-    own = distributed.rank() * b + torch.arange(b, device=z1.device)  # where this device's images lie in 0..n-1
+    b, n = len(pairs), len(all_z1)
+    similarity = x @ torch.cat([all_z1, all_z2]).T  # (2b, 2n)
+    own = distributed.rank() * b + torch.arange(b, device=x.device)  # where this device's images lie in 0..n-1
     itself, positive = torch.cat([own, own + n]), torch.cat([own + n, own])
     logits = (similarity / temperature).scatter(1, itself[:, None], float("-inf"))
     return F.cross_entropy(logits, positive)
@@ -178,19 +179,24 @@ def barlow_twins(
     Raises:
         ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b or d is 0,
             the whole batch is a single image (nothing to correlate), ``off_diagonal_weight`` is negative or not
-            finite, or ranks hold different b.
+            finite, or a tensor that requires a gradient, or ranks hold different b.
+        TypeError: If ``z1`` or ``z2`` is no tensor, or ``off_diagonal_weight`` no number.
 
     Note:
         Collective call: every rank must make it, and the backward pass. Mean and norm are those of the global batch,
         so the loss does not depend on how the batch is spread over devices. Computed in float32 at least, also inside
-        autocast. A feature that is constant over the batch has no correlation: its row and column of C are 0 and it
-        gets no gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.)
+        autocast. A feature that is constant over the batch, to the last digit, has no correlation: its row and column
+        of C are 0 and it gets no gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.) So it
+        is with zeros if ``centre`` is False. Every other feature counts, however small its deviation. Its gradient
+        grows as 1 / the deviation, to infinity where the dtype does not hold it. Where a projection is not finite, the
+        loss is NaN.
 
     Source:
         Zbontar et al. 2021, arXiv:2103.03230, equations 1 and 2. The authors' distributed code sums C outside
         autograd, which divides the gradient by the world size; here the gradient is whole.
     """
     _check_pair(z1, z2)
+    off_diagonal_weight = _number("off_diagonal_weight", off_diagonal_weight)
     if not 0 <= off_diagonal_weight < float("inf"):
         raise ValueError(f"off_diagonal_weight must be finite and >= 0, got {off_diagonal_weight}")
     _check_word("form", form, BarlowForm)
@@ -234,29 +240,30 @@ def _cross_correlation(z: tuple[Tensor, ...], n: int, centre: bool, is_whole: bo
 
     Every rank has the same result, to be differentiated through :func:`simclr.distributed.shared_gradient`.
     """
-    total = (lambda values: values) if is_whole else distributed.replicated_sum
+    total, largest = (
+        (lambda values: values, lambda values: values)
+        if is_whole
+        else (distributed.replicated_sum, distributed.max_over_ranks)
+    )
     # C changes neither if a constant is subtracted from a (centred) feature nor if a feature is multiplied by one. So
-    # means and sizes need no gradient, though they depend on all projections: through them it would be 0.
-    # A mean far from 0 leaves little of float32's digits, so first this rank's first row is subtracted from all.
-    start = [view[0].detach() if centre else torch.zeros_like(view[0]) for view in z]
-    moved = [view - first if centre else view for view, first in zip(z, start, strict=True)]
+    # what is subtracted and multiplied by here needs no gradient, though it depends on all projections: through it the
+    # gradient would be 0. First each feature's least value, which loses no digit, however far from 0 the mean lies.
     with torch.no_grad():
-        moved_sums, lengths_squared = (
-            torch.stack([_row_sum(part) for part in parts]) for parts in (moved, map(torch.square, z))
-        )
-        first_rows = torch.stack(start).double()
-        sums = total(torch.stack([moved_sums + len(z[0]) * first_rows, lengths_squared]))
-        mean = (sums[0] / n - first_rows).to(z[0].dtype)  # of what was moved
-        size = sums[1].sqrt().to(z[0].dtype)
-        size = size.masked_fill(~size.isfinite(), torch.nan)  # not to be taken for a constant feature's below
-        scale = size.masked_fill(size == 0, torch.inf).reciprocal()
-    y1, y2 = ((part - mean[i] if centre else part) * scale[i] for i, part in enumerate(moved))
+        ends = largest(torch.stack([end for view in z for end in (view.amax(dim=0), -view.amin(dim=0))]))
+        high, low = ends[::2], -ends[1::2]  # (2 views, d)
+        start = low if centre else torch.zeros_like(low)
+        spread = torch.maximum(high - start, start - low)
+        is_constant = spread == 0
+        scale = power_of_two(spread.masked_fill(is_constant, 1))
+    y = [torch.addcmul(-start[i] * scale[i], view, scale[i]) for i, view in enumerate(z)]
+    if centre:
+        with torch.no_grad():
+            mean = total(torch.stack([_row_sum(view) for view in y])).div_(n).to(y[0].dtype)
+        y = [view - mean[i] for i, view in enumerate(y)]
+    y1, y2 = y
     d = y1.shape[1]
     products = total(torch.cat([y1.T @ y2, y1.square().sum(dim=0)[None], y2.square().sum(dim=0)[None]]))
-    squares = products[d:]  # of the features' lengths over the batch, at most 1
-    # What centring leaves of a constant feature is rounding error. Dividing by its length would amplify it to 1.
-    is_constant = squares.detach() <= (8 * torch.finfo(y1.dtype).eps) ** 2
-    inverse = squares.masked_fill(is_constant, torch.inf).rsqrt()  # of infinity: 0, and no gradient
+    inverse = products[d:].masked_fill(is_constant, torch.inf).rsqrt()  # of infinity: 0, and no gradient
     return products[:d] * inverse[0, :, None] * inverse[1]
 
 
@@ -274,12 +281,6 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _unit_rows(z: Tensor) -> Tensor:
-    """Scale each row of (b, d) projections to unit l2 norm; rows of zeros, which have no direction, stay."""
-    norm: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return z / norm.masked_fill(norm == 0, torch.inf)  # by infinity: 0, and no gradient
-
-
 def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
@@ -289,10 +290,28 @@ def _check_word(name: str, word: str, known: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {word!r}")
 
 
-def _check_pair(z1: Tensor, z2: Tensor) -> None:
+def _number(name: str, value: object) -> float:
+    """Return a setting as a number; not a tensor that waits for a gradient, which would silently get none."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} is a tensor that requires a gradient, but is a setting and gets none: pass float({name}.detach())"
+        )
+    if not isinstance(value, SupportsFloat) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _check_pair(z1: Any, z2: Any) -> None:
+    if not (isinstance(z1, Tensor) and isinstance(z2, Tensor)):
+        kinds = " and ".join(type(z).__name__ for z in (z1, z2))
+        raise TypeError(f"z1 and z2 must be torch tensors of shape (b, d), got {kinds}; torch.as_tensor makes one")
+    if not z1.layout == z2.layout == torch.strided:
+        raise ValueError(f"z1 and z2 must be dense, got {z1.layout} and {z2.layout}; z.to_dense() makes them so")
     if z1.ndim != 2 or z1.shape != z2.shape or z1.numel() == 0:
         raise ValueError(
             f"z1 and z2 must both have shape (b, d) with b, d >= 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
         )
     if z1.dtype != z2.dtype or not z1.dtype.is_floating_point:
         raise ValueError(f"z1 and z2 must have the same floating-point dtype, got {z1.dtype} and {z2.dtype}")
+    if z1.device != z2.device:
+        raise ValueError(f"z1 and z2 must be on the same device, got {z1.device} and {z2.device}")

@@ -35,7 +35,8 @@ def explained(device: torch.device, per_device_batch_size: int, world_size: int)
         raise OutOfMemoryError(
             f"out of memory on {where} with per_device_batch_size {per_device_batch_size}"
             f"{f'; about {fits} source images would fit' if fits else ''}. Use --recompute, or more devices, which "
-            f"leave the result as it is, or lower --global-batch-size (now {per_device_batch_size * world_size}). {error}"
+            f"leave the result as it is, or lower --global-batch-size (now {per_device_batch_size * world_size}). "
+            f"{error}"
         ) from error
 
 

@@ -8,6 +8,7 @@ A preset is a whole configuration. The command line names one and overrides fiel
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import tyro
 
+from simclr.beton import BetonError, load_facts
 from simclr.config import LossConfig, OptimizerConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.views import ViewSpec
@@ -129,7 +131,6 @@ _DEMO = dataclasses.replace(
     optimizer=dataclasses.replace(_CPU_SIMCLR.optimizer, warmup_epochs=0.5),
     view_1=_DEMO_VIEW,
     view_2=_DEMO_VIEW,
-    num_validation=1000,
     knn_every_epochs=2,
 )
 
@@ -197,6 +198,7 @@ def parse_train_config(arguments: Sequence[str] | None = None, description: str 
     """Read ``[PRESET] [--field value ...]``, by default from the command line.
 
     Without a preset, :data:`DEFAULT` is meant. Unknown presets, fields and values end the program, with a message.
+    Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is taken, aloud.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in {"-h", "--help"}):
@@ -205,4 +207,23 @@ def parse_train_config(arguments: Sequence[str] | None = None, description: str 
         name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
     }
     config: TrainConfig = tyro.extras.overridable_config_cli(choices, args=words, description=description)
-    return config
+    is_given = any(word.split("=")[0].replace("_", "-") == "--global-batch-size" for word in words)
+    return config if is_given else _fit_batch(config)
+
+
+def _fit_batch(config: TrainConfig) -> TrainConfig:
+    """Take a batch that fits the images, and say so."""
+    try:
+        num_images = load_facts(config.data).num_images
+    except BetonError:
+        return config  # which training refuses, saying more
+    if config.global_batch_size <= num_images:
+        return config
+    fitting = 1 << max(1, (num_images // 2).bit_length() - 1)  # at most half of the images: two steps an epoch
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"batch:      {fitting} instead of the preset's {config.global_batch_size}, since {config.data} has "
+            f"{num_images} images; the learning rate follows, see below (--global-batch-size sets another)",
+            flush=True,
+        )
+    return dataclasses.replace(config, global_batch_size=fitting)

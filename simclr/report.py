@@ -579,12 +579,13 @@ def _say_checkpoint(result: ProbeResult) -> str:
         return "The checkpoint was not chosen by accuracy: pretraining did not measure kNN."
     here, there = result.train_facts, result.pretraining_facts
     num_validation = here.num_images - result.num_fit
-    if here.content_sha256 == there.content_sha256 and result.pretraining.num_validation == num_validation:
+    before = result.pretraining.for_images(there.num_images).num_validation
+    if here.content_sha256 == there.content_sha256 and before == num_validation:
         return (
             "Pretraining saw them without labels, and measured kNN accuracy on the same ones to choose its best epoch."
         )
     return (
-        f"The pretraining's best epoch was chosen by kNN accuracy on {result.pretraining.num_validation:,} of its own "
+        f"The pretraining's best epoch was chosen by kNN accuracy on {before:,} of its own "
         f"{there.num_images:,} training images."
     )
 

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from simclr import beton
 from simclr.beton import Facts
 from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, TrainConfig, derive, from_json, to_json
 from simclr.models import ModelConfig, SimCLR
@@ -57,10 +61,29 @@ def test_derived_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "num_images", "world_size", "message"),
     [
-        ({"global_batch_size": 510}, 50_000, 4, "510 is not divisible by the 4 processes; .* 508 or 512"),
-        ({"global_batch_size": 2}, 50_000, 4, "use --global-batch-size 4"),
-        ({"global_batch_size": 512}, 500, 2, "has 500 images, which do not fill one batch of 512; .* 500"),
-        ({"num_validation": 5000}, 5000, 1, "leaves none of the 5000 images .* use --num-validation 500"),
+        (
+            {"global_batch_size": 510},
+            50_000,
+            4,
+            "510 is not divisible by the 4 processes. Use --global-batch-size 508 or 512$",
+        ),
+        ({"global_batch_size": 2}, 50_000, 4, "Use --global-batch-size 4$"),
+        (
+            {"global_batch_size": 512},
+            500,
+            2,
+            "has 500 images: they do not fill one batch of global_batch_size 512. Use --global-batch-size 500$",
+        ),
+        ({"num_validation": 5000}, 5000, 1, "has 5000 images: .* leaves none .* Use --num-validation 500$"),
+        # All at once, with values that work together
+        (
+            {"num_validation": 5000, "global_batch_size": 510},
+            240,
+            4,
+            r"240 images: they do not fill one batch of global_batch_size 510; global_batch_size 510 is not divisible "
+            r"by the 4 processes; num_validation 5000 .*\. Use --global-batch-size 240, --num-validation 24$",
+        ),
+        ({}, 1, 1, "has 1 image, and pretraining compares an image with others"),
     ],
 )
 def test_numbers_that_do_not_fit_name_those_that_do(
@@ -71,10 +94,47 @@ def test_numbers_that_do_not_fit_name_those_that_do(
 
 
 @pytest.mark.parametrize(
+    ("num_images", "given", "expected"),
+    [(50_000, None, 5000), (10_000, None, 1000), (240, None, 24), (9, None, 0), (240, 7, 7), (240, 0, 0)],
+)
+def test_a_tenth_of_the_images_measures_by_default(num_images: int, given: int | None, expected: int) -> None:
+    config = TrainConfig(num_validation=given)
+    assert config.for_images(num_images) == dataclasses.replace(config, num_validation=expected)
+
+
+def images_in(folder: Path, number: int) -> Path:
+    path = folder / f"{number}.beton"
+    beton.write(path, np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), dtype=np.uint8), [0] * number)
+    return path
+
+
+@pytest.mark.parametrize(("number", "expected"), [(240, 64), (20, 8), (5, 2), (2, 2), (512, 512), (511, 128)])
+def test_a_presets_batch_follows_few_images_aloud(
+    number: int, expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["cifar10-simclr-100", "--data", str(images_in(tmp_path, number))]
+    config = parse_train_config(words)
+    assert config.global_batch_size == expected
+    assert derive(config, number, 1).steps_per_epoch >= 1
+    said = capsys.readouterr().out
+    assert (f"{expected} instead of the preset's 512, since" in said) == (expected < 512)
+    # What is asked for stays, and is refused where it does not fit
+    for option in (["--global-batch-size", "512"], ["--global-batch-size=512"], ["--global_batch_size", "512"]):
+        assert parse_train_config([*words, *option]).global_batch_size == 512
+    monkeypatch.setenv("RANK", "1")
+    assert parse_train_config(words) == config
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
         (TrainConfig, {"epochs": 0}, "epochs is 0, expected at least 1"),
-        (TrainConfig, {"seed": -1}, "seed is -1"),
+        (TrainConfig, {"seed": -1}, "seed is -1, expected 0 to 18446744073709551615"),
+        (TrainConfig, {"seed": 2**64}, "seed is 18446744073709551616, expected 0 to 18446744073709551615"),
+        (TrainConfig, {"epochs": 2**63}, "epochs is 9223372036854775808, expected .* to 9223372036854775807"),
+        (TrainConfig, {"timeout_seconds": 1e300}, r"timeout_seconds is 1e\+300, expected > 0, and at most 1e9"),
+        (TrainConfig, {"global_batch_size": 1}, "global_batch_size is 1, expected at least 2"),
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
         (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
@@ -89,12 +149,52 @@ def test_numbers_that_do_not_fit_name_those_that_do(
         (TrainConfig, {"loss": LossConfig(off_diagonal_weight=-1)}, "off_diagonal_weight is -1"),
         (ModelConfig, {"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
         (ProbeConfig, {"run": Path("x"), "epochs": 0}, "epochs is 0"),
+        (ProbeConfig, {"run": Path("x"), "seed": 2**64}, "seed is 18446744073709551616"),
+        (ProbeConfig, {"run": Path("x"), "weight_decays": (0.0, math.nan)}, "weight_decays is nan, expected a finite"),
         (ProbeConfig, {"run": Path("x"), "learning_rates": (0.1, 0.0)}, "learning_rates is .*, expected all > 0"),
     ],
 )
 def test_fields_out_of_range_are_named(part: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         part(**changes)
+
+
+def numbers_in(values: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The name of each number with a point in parsed JSON, and where it stands."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        where = str(key) if isinstance(key, str) else name
+        if isinstance(value, dict | list):
+            yield from numbers_in(value, where)
+        elif isinstance(value, float):
+            yield where, values, key
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(view_sizes=((16, 0.5),), optimizer=OptimizerConfig(gradient_clip_norm=1.0)),
+        ProbeConfig(run=Path("x")),
+    ],
+    ids=["train", "probe"],
+)
+def test_no_number_may_be_infinite_or_none(config: Any, number: float) -> None:
+    """Every one is refused by its name; what is written down as JSON could not hold it."""
+    values = json.loads(to_json(config))
+    found = list(numbers_in(values))
+    assert len(found) > 25
+    for name, holder, key in found:
+        before, holder[key] = holder[key], number
+        with pytest.raises(ValueError, match=rf"{name}\b.*{number}"):
+            from_json(type(config), json.dumps(values))
+        holder[key] = before
+    assert from_json(type(config), json.dumps(values)) == config
+
+
+def test_the_paths_of_a_configuration_may_be_text() -> None:
+    assert TrainConfig(data="a/b", output="c") == TrainConfig(data=Path("a/b"), output=Path("c"))  # type: ignore[arg-type]
+    probe = ProbeConfig(run="r", test="t")  # type: ignore[arg-type]
+    assert probe == ProbeConfig(run=Path("r"), test=Path("t"))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +289,7 @@ def test_without_a_preset_the_default_is_meant() -> None:
         (["demo", "--sed", "1"], "--sed"),
         (["demo", "--seed", "x"], "--seed"),
         (["demo", "--epochs", "0"], "epochs is 0, expected at least 1"),
+        (["demo", "--loss.temperature", "inf"], "loss.temperature is inf, expected a finite number"),
     ],
 )
 def test_unknown_words_end_the_program(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

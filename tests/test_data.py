@@ -371,6 +371,17 @@ def test_the_checksum_of_a_large_file_is_left_out_and_that_is_said(
         open_images(path, backend="memory")
 
 
+def test_of_a_folder_the_files_in_it_are_named(tmp_path: Path) -> None:
+    with pytest.raises(beton.BetonError, match=r"is a folder\. .*data_prep"):
+        open_images(tmp_path)
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.beton").touch()
+    with pytest.raises(
+        beton.BetonError, match=r"is a folder\. Name a .beton file in it: .*/test\.beton, .*/train\.beton"
+    ):
+        open_images(str(tmp_path))
+
+
 def test_unknown_options_are_refused(file: Path) -> None:
     with pytest.raises(ValueError, match='backend must be "auto", "ffcv" or "memory", got \'resident\''):
         open_images(file, backend="resident")  # type: ignore[arg-type]
@@ -418,4 +429,4 @@ def test_without_ffcv_auto_reads_from_memory_and_says_why(
     with pytest.raises(ValueError, match="cannot be read with FFCV") as refusal:
         open_images(file, backend="ffcv")
     assert why in str(refusal.value)
-    assert 'backend="memory"' in str(refusal.value)
+    assert '--loader memory (in Python: backend="memory")' in str(refusal.value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -123,6 +126,17 @@ def test_uneven_rows_after_even_ones_raise_on_the_rank_that_changed() -> None:
 def gather_uneven_later(rank: int, world_size: int) -> None:
     distributed.gather_with_grad(torch.zeros(3, 2))
     distributed.gather_with_grad(torch.zeros(3 - rank, 2))
+
+
+def gather_without_a_warning(rank: int, world_size: int) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return distributed.SideChannel(datetime.timedelta(seconds=60)).gather(rank + 3)
+
+
+@pytest.mark.distributed
+def test_the_side_channel_gathers_and_warns_of_nothing() -> None:
+    assert run_distributed(gather_without_a_warning, 2) == [[3, 4], [3, 4]]
 
 
 def test_without_a_process_group_it_is_a_world_of_one() -> None:

@@ -26,7 +26,7 @@ from simclr.models import ModelConfig, make_encoder
 from simclr.views import ViewSpec, apply_view, sample_parameters
 from tests.helpers import run_distributed
 
-SIDE, NUM_IMAGES, WIDTH = 16, 61, 16
+SIDE, NUM_IMAGES, WIDTH = 16, 61, 32
 NORMALISATION = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 FLIP_AND_CROP = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_probability=0.0)
 
@@ -55,7 +55,7 @@ def source(file: Path) -> Iterator[ImageSource]:
 
 
 def an_encoder() -> nn.Module:
-    """A small encoder (b, 3, 16, 16) -> (b, 16) whose batch normalisations have seen other statistics than 0 and 1."""
+    """A small encoder (b, 3, 16, 16) -> (b, 32) whose batch normalisations have seen other statistics than 0 and 1."""
     torch.manual_seed(1)
     encoder = make_encoder("small_resnet_w8", "auto", SIDE)
     generator = torch.Generator().manual_seed(2)
@@ -211,6 +211,14 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = evaluation.knn_predict(bank, queries, k=20, num_classes=5)
     monkeypatch.setattr(evaluation, "_SIMILARITIES_AT_ONCE", 300 * 7)
     assert torch.equal(evaluation.knn_predict(bank, queries, k=20, num_classes=5), at_once)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
+def test_knn_of_representations_of_any_length(scale: float) -> None:
+    bank, queries = random_features(60, 8, 3, seed=1), random_features(40, 8, 3, seed=2)
+    scaled = (dataclasses.replace(f, representation=f.representation.float() * scale) for f in (bank, queries))
+    expected = evaluation.knn_predict(bank, queries, k=5, num_classes=3)
+    assert torch.equal(evaluation.knn_predict(*scaled, k=5, num_classes=3), expected)
 
 
 def test_knn_weighs_near_neighbours_more() -> None:
@@ -471,7 +479,7 @@ def a_classifier(facts: beton.Facts) -> Classifier:
 def test_a_saved_classifier_classifies_stored_pixels_as_before(source: ImageSource, tmp_path: Path) -> None:
     classifier = a_classifier(source.facts)
     save(tmp_path / evaluation.CLASSIFIER, classifier, source.facts)
-    loaded = evaluation.load_classifier(tmp_path)
+    loaded = evaluation.load_classifier(str(tmp_path))
     assert not loaded.training
     assert loaded.classes == source.facts.classes
     images = torch.from_numpy(beton.read(source.path)[0])

@@ -41,11 +41,12 @@ def export(*words: object) -> subprocess.CompletedProcess[str]:
 
 def test_an_exported_encoder_is_the_pretrained_one(tmp_path: Path) -> None:
     model = write_run(tmp_path, "resnet18")
+    assert checkpoint.load_pretrained(str(tmp_path)).path == tmp_path / checkpoint.BEST
     done = export(tmp_path)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         expected = model.encoder(X)
-        found = load_encoder(tmp_path / NAME)
+        found = load_encoder(str(tmp_path / NAME))
         assert not any(module.training for module in found.encoder.modules())
         assert torch.equal(found.encoder(X), expected)
         # Without this project: timm's model, with the stem that the metadata names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,80 @@ def test_nt_xent_is_stable_in_float32_at_temperature_0_01(kind: str, scale: floa
         torch.testing.assert_close(mine.double() * scale, reference, rtol=2e-3, atol=2e-4)
 
 
+# -------------------------------------------------------------------------- the ends of float32's range
+
+FORMS: dict[str, tuple[Loss, Loss]] = {
+    **{
+        f"nt_xent, {form}": (partial(nt_xent, form=form), partial(nt_xent_by_the_paper, temperature=0.5))
+        for form in ("matrix", "tiled", "ring")
+    },
+    **{
+        f"barlow_twins{'' if centre else ' as printed'}": (
+            partial(barlow_twins, centre=centre),
+            partial(barlow_twins_by_the_paper, off_diagonal_weight=5e-3, centre=centre),
+        )
+        for centre in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("scale", [*(float(f"1e{power}") for power in range(-43, 39, 4)), 1e38, 3e38, "mixed"])
+def test_lengths_and_deviations_anywhere_in_float32(name: str, scale: float | str) -> None:
+    """Value and gradient are the formula's of the same numbers in float64; a gradient beyond float32 is infinite."""
+    loss, reference = FORMS[name]
+    z1, z2 = projections(6, 8)
+    if isinstance(scale, str):  # each row, or each feature, has a scale of its own
+        powers = torch.logspace(-37, 37, 6 if "nt_xent" in name else 8, dtype=torch.float64)
+        scales = powers[:, None] if "nt_xent" in name else powers
+    else:
+        scales = torch.tensor(scale, dtype=torch.float64)
+    largest = torch.maximum(z1.abs().max(), z2.abs().max())
+    z1, z2 = ((scales * (z / largest)).float() for z in (z1, z2))
+    value, *gradients = value_and_gradients(loss, z1, z2)
+    expected, *exact = value_and_gradients(reference, z1.double(), z2.double())
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=0)
+    for mine, gradient in zip(gradients, exact, strict=True):
+        limits = torch.finfo(torch.float32)
+        fits, beyond = gradient.abs() < 0.99 * limits.max, gradient.abs() > 1.01 * limits.max
+        assert not mine.isnan().any()
+        assert (mine[beyond] == gradient[beyond].sign() * math.inf).all()
+        # relative to the row's or the feature's largest, and to the least number that float32 has
+        size = gradient.abs().amax(dim=1 if "nt_xent" in name else 0, keepdim=True)
+        error = (mine.double() - gradient).abs()
+        assert (error <= 1e-4 * size + 8 * limits.smallest_normal * limits.eps)[fits].all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["one number", "a row", "a feature", "all"])
+def test_what_is_not_finite_gives_no_finite_loss(name: str, value: float, where: str) -> None:
+    z1, z2 = projections(6, 8, dtype=torch.float32)
+    at: Any = {"one number": (2, 3), "a row": (2, slice(None)), "a feature": (slice(None), 3), "all": ...}[where]
+    z1[at] = value
+    for pair in ((z1, z2), (z2, z1), (z1, z1)):
+        assert FORMS[name][0](*pair).isnan()
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6, 1e7])
+@pytest.mark.parametrize("n", [16, 1000])
+def test_barlow_twins_of_features_far_from_zero(ratio: float, n: int) -> None:
+    """Of features a few of whose last digits vary, those digits are what counts."""
+    z1, z2 = projections(n, 6)
+    centres = torch.tensor([1, -1, 3, 1e-3, -1e30, 1e-30], dtype=torch.float64)
+    z1, z2 = (((1 + z / ratio) * centres).float() for z in (z1 - z1.mean(0), z2 - z2.mean(0)))
+    value, *gradients = value_and_gradients(barlow_twins, z1, z2)
+    wide = [
+        (z - z.mean(dim=0)).requires_grad_() for z in (z1.double(), z2.double())
+    ]  # the loops take seconds for these
+    unit = [z / torch.linalg.vector_norm(z, dim=0) for z in wide]
+    c = unit[0].T @ unit[1]
+    expected = (1 - c.diagonal()).square().sum() + 5e-3 * (c - torch.diag(c.diagonal())).square().sum()
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
+    for mine, gradient in zip(gradients, torch.autograd.grad(expected, wide), strict=True):
+        assert ((mine - gradient).norm(dim=0) <= 1e-4 * gradient.norm(dim=0)).all()
+
+
 @pytest.mark.parametrize("loss", [partial(nt_xent, temperature=0.01), barlow_twins])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
@@ -220,12 +295,37 @@ GOOD = torch.ones(4, 3)
         (GOOD[:, :0], GOOD[:, :0], r"got \(4, 0\)"),
         (GOOD, GOOD.double(), r"same floating-point dtype, got torch.float32 and torch.float64"),
         (GOOD.long(), GOOD.long(), r"floating-point dtype, got torch.int64"),
+        (GOOD.to(torch.complex64), GOOD.to(torch.complex64), r"floating-point dtype, got torch.complex64"),
+        (GOOD, GOOD.to_sparse(), r"must be dense, got torch.strided and torch.sparse_coo; z.to_dense\(\)"),
+        (GOOD, GOOD.to("meta"), r"must be on the same device, got cpu and meta"),
         (GOOD[:1], GOOD[:1], "needs at least 2 source images in the whole batch, got 1"),
     ],
 )
 def test_bad_projections_raise(loss: Loss, z1: Tensor, z2: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss(z1, z2)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, barlow_twins])
+@pytest.mark.parametrize("other", [None, GOOD.numpy(), GOOD.tolist()])
+def test_what_is_no_tensor_is_refused(loss: Loss, other: Any) -> None:
+    kind = type(other).__name__
+    with pytest.raises(TypeError, match=rf"torch tensors of shape \(b, d\), got Tensor and {kind}; torch.as_tensor"):
+        loss(GOOD, other)
+
+
+def test_settings_are_numbers_and_get_no_gradient() -> None:
+    z1, z2 = projections(6, 4)
+    for form in ("matrix", "tiled", "ring"):
+        of_tensor = nt_xent(z1, z2, temperature=torch.tensor(0.25), form=form)  # type: ignore[arg-type]
+        assert torch.equal(of_tensor, nt_xent(z1, z2, temperature=0.25, form=form))
+        with pytest.raises(ValueError, match=r"temperature is a tensor that requires a gradient, .* pass float\(temp"):
+            nt_xent(z1, z2, temperature=torch.tensor(0.5, requires_grad=True), form=form)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"off_diagonal_weight is a tensor that requires a gradient"):
+        barlow_twins(z1, z2, off_diagonal_weight=torch.tensor(0.5, requires_grad=True))  # type: ignore[arg-type]
+    for other in (None, "0.5", [0.5], torch.ones(2)):
+        with pytest.raises(TypeError, match="temperature must be a number, got"):
+            nt_xent(z1, z2, temperature=other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
@@ -305,6 +405,37 @@ def test_half_precision_is_gathered_in_float32(loss: Loss) -> None:
     z1, z2 = (z.bfloat16() for z in projections(8, 16))
     values = torch.stack(run_distributed(half_precision_share, 2, loss, z1, z2))
     torch.testing.assert_close(values.mean(), loss(z1.float(), z2.float()), rtol=1e-6, atol=1e-6)
+
+
+def extreme_share(rank: int, world_size: int, form: Any) -> tuple[list[Tensor], bool]:
+    """Value and gradients of features of very different sizes, and whether another rank's NaN is noticed."""
+    z1, z2 = (z.chunk(world_size)[rank].contiguous() for z in extreme_features())
+    loss = partial(barlow_twins, form=form)
+    found = value_and_gradients(loss, z1, z2)
+    z1[0, 0] = math.nan if rank == 1 else z1[0, 0]
+    return list(found), bool(loss(z1, z2).isnan())
+
+
+def extreme_features() -> tuple[Tensor, Tensor]:
+    z1, z2 = projections(8, 5)
+    scales = torch.tensor([1e-30, 1e30, 1, 1, 1e19], dtype=torch.float64)
+    shifts = torch.tensor([0, 0, 1e6, 0, -1e25], dtype=torch.float64)
+    z1, z2 = ((z * scales + shifts).float() for z in (z1, z2))
+    z1[:, 3] = 0.1  # constant
+    return z1, z2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", ["gather", "sums"])
+def test_features_of_any_size_on_several_devices(form: str) -> None:
+    expected, *gradients = value_and_gradients(barlow_twins, *extreme_features())
+    answers = run_distributed(extreme_share, 2, form)
+    for (value, *_), noticed in answers:
+        torch.testing.assert_close(value, expected)
+        assert noticed
+    for i, gradient in enumerate(gradients, start=1):
+        mine = torch.cat([found[i] for found, _ in answers]) / 2
+        assert ((mine - gradient).double().norm(dim=0) <= 1e-5 * gradient.double().norm(dim=0)).all()
 
 
 def uneven(rank: int, world_size: int, loss: Loss) -> None:

@@ -278,7 +278,8 @@ def test_lossy_sources_are_said_to_be_lossy(written: Path, tmp_path: Path) -> No
 def test_the_protocol_tells_which_images_chose_the_checkpoint(tmp_path: Path) -> None:
     same = a_result(pretraining=TrainConfig(num_validation=100))
     assert "measured kNN accuracy on the same ones" in written_anew(tmp_path, same)
-    assert "chosen by kNN accuracy on 5,000 of its own 1,000" in written_anew(tmp_path, a_result())
+    other = a_result(pretraining=TrainConfig(num_validation=300))
+    assert "chosen by kNN accuracy on 300 of its own 1,000" in written_anew(tmp_path, other)
     assert "not chosen by accuracy" in written_anew(tmp_path, a_result(pretraining_knn=None))
 
 

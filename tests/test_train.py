@@ -439,18 +439,32 @@ def test_the_first_step_is_what_torch_computes(images: Path, tmp_path: Path) -> 
     assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
 
 
-@pytest.mark.parametrize("why", ["unlabelled", "num_validation"])
-def test_without_labels_the_last_epoch_stands_for_the_best(images: Path, tmp_path: Path, why: str) -> None:
+@pytest.mark.parametrize("why", ["the images have no labels", "all images are of one class", "num_validation is 0"])
+def test_without_labels_the_last_epoch_stands_for_the_best(
+    images: Path, tmp_path: Path, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes: dict[str, Any] = {"num_validation": 0}
-    if why == "unlabelled":
-        beton.write(tmp_path / "u.beton", draw(0, "train", 0, NUM_IMAGES)[0], np.full(NUM_IMAGES, -1), source="test")
+    if "images" in why:
+        label = -1 if "no labels" in why else 0
+        beton.write(tmp_path / "u.beton", draw(0, "train", 0, NUM_IMAGES)[0], np.full(NUM_IMAGES, label), source="test")
         changes = {"data": tmp_path / "u.beton"}
     config = settings(images, tmp_path / "run", epochs=2, **changes)
     run(config)
+    assert f"kNN:        not measured, since {why};" in capsys.readouterr().out
     assert {line["kind"] for line in lines(config)} == {"step"}
     pretrained = checkpoint.load_pretrained(config.folder)
     assert (pretrained.epoch, pretrained.knn_accuracy) == (2, None)
     assert is_equal(weights(config, checkpoint.BEST), weights(config))
+
+
+def test_a_number_of_validation_images_that_is_not_given_is_kept_as_a_number(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", num_validation=None, stop_at_step=1)
+    run(config)
+    assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["config"].count('"num_validation": 10,') == 1
+    run(dataclasses.replace(config, num_validation=10, stop_at_step=2))  # as a checkpoint of an earlier version has it
+    run(dataclasses.replace(config, stop_at_step=3))
+    with pytest.raises(checkpoint.CheckpointError, match="num_validation was 10 and is 11"):
+        run(dataclasses.replace(config, num_validation=11))
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
@@ -498,8 +512,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)  # step 6 spoils the weights
     checkpoint.save_atomically(last, saved)
     good = last.read_bytes()
-    with pytest.raises(DivergedError, match=r"the gradient is not finite at step 7; this rank's loss is nan"):
+    with pytest.raises(DivergedError, match=r"the gradient is not finite at step 7; this rank's loss is nan") as stop:
         run(config)
+    assert f"the last good checkpoint is {last}. A lower --optimizer.base-learning-rate" in str(stop.value)
     assert last.read_bytes() == good
     assert max(line["step"] for line in lines(config)) == 6
 
@@ -512,7 +527,7 @@ def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_
     saved["optimizer"]["state"][0]["momentum_buffer"].fill_(math.nan)
     checkpoint.save_atomically(last, saved)
     good = last.read_bytes()
-    with pytest.raises(DivergedError, match="weights are not finite after step 4"):
+    with pytest.raises(DivergedError, match=r"weights are not finite after step 4 .* may help"):
         run(dataclasses.replace(config, stop_at_step=4))
     assert last.read_bytes() == good
 
@@ -521,12 +536,15 @@ def test_weights_that_are_not_finite_are_not_saved(one_device: TrainConfig, tmp_
     ("changes", "message"),
     [
         ({"world_size": 2}, "world_size is 2, but the number of processes that take part is 1"),
-        ({"global_batch_size": 101}, "has 100 images, which do not fill one batch of 101"),
-        ({"num_validation": 100}, "num_validation 100 leaves none of the 100 images"),
+        (
+            {"global_batch_size": 101, "num_validation": 100},
+            "has 100 images: they do not fill one batch of .* 101; num_validation 100 leaves .* Use --global-batch",
+        ),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"resume": "must"}, "resume is must, but there is no"),
         ({"model": ModelConfig(encoder="resnet19")}, "timm has no model named 'resnet19'"),
         ({"data": Path("nowhere.beton")}, "nowhere.beton"),
+        ({"data": Path()}, "is a folder"),
         (
             {"view_sizes": ((16, 0.5),), "model": ModelConfig(encoder="vit_tiny_patch16_224", projection_dim=8)},
             "cannot take 16x16 images",
