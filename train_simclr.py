@@ -66,7 +66,7 @@ FREE_TO_CHANGE = frozenset(
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
     | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "recompute", "views"}
     | {"compile"}
-    | {"loss.nt_xent_form", "loss.barlow_twins_form", "loss.kernels"}
+    | {"loss.nt_xent_form", "loss.kernels"}
 )
 
 
@@ -372,7 +372,6 @@ def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
             z2,
             off_diagonal_weight=config.off_diagonal_weight,
             centre=config.centre,
-            form=config.barlow_twins_form,
         )
     loss = loss * config.scale
     run.accelerator.backward(loss)
@@ -739,8 +738,8 @@ def resume(
 def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with another configuration or other images, unless allowed; show the difference."""
     before, now = (
-        {key: value for key, value in _flat(json.loads(text)).items() if key not in FREE_TO_CHANGE}
-        for text in (saved["config"], to_json(config))
+        {key: value for key, value in _flat(json.loads(to_json(run))).items() if key not in FREE_TO_CHANGE}
+        for run in (from_json(TrainConfig, saved["config"]), config)
     )
     different = {
         key: f"{key} was {before.get(key)} and is {now.get(key)}"
@@ -856,21 +855,18 @@ def say_start(
 
 def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
     """Return in which form the loss is computed, and why."""
-    loss, b, d = config.loss, derived.per_device_batch_size, config.model.projection_dim
-    if loss.name == "nt_xent":
-        choice = losses.choose_nt_xent(
-            b,
-            d,
-            device,
-            parameter_dtype(config),
-            form=loss.nt_xent_form,
-            kernels=loss.kernels,
-            bf16_matmul=loss.bf16_matmul,
-        )
-    else:
-        choice = losses.choose_barlow_twins(b, d, loss.barlow_twins_form)
-    kernels = f", {choice.kernels} kernels" if choice.form in {"tiled", "ring"} else ""
-    return f"{choice.form} ({choice.reason}){kernels}"
+    loss = config.loss
+    if loss.name == "barlow_twins":
+        return "the correlation of the whole batch, summed over devices"
+    choice = losses.choose_nt_xent(
+        derived.per_device_batch_size,
+        device,
+        parameter_dtype(config),
+        form=loss.nt_xent_form,
+        kernels=loss.kernels,
+        bf16_matmul=loss.bf16_matmul,
+    )
+    return f"{choice.form} ({choice.reason}){f', {choice.kernels} kernels' if choice.form == 'tiled' else ''}"
 
 
 def write_manifest(

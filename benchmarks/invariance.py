@@ -107,13 +107,11 @@ def idiom(loss: Loss, **settings: Any) -> Callable[[], Loss]:
 ROWS: list[tuple[str, str, Callable[[], Loss], str]] = [
     ("NT-Xent", "ours, matrix", idiom(nt_xent, temperature=TEMPERATURE, form="matrix"), ""),
     ("NT-Xent", "ours, tiled", idiom(nt_xent, temperature=TEMPERATURE, form="tiled"), ""),
-    ("NT-Xent", "ours, ring", idiom(nt_xent, temperature=TEMPERATURE, form="ring"), ""),
     ("NT-Xent", "lightly", their_nt_xent, "lightly"),
     ("NT-Xent", "no gather", idiom(without_gather), ""),
     ("NT-Xent", "gather without gradient, local rows", idiom(gather_without_gradient), ""),
     ("NT-Xent", "gradient in the own slice, whole matrix", idiom(own_gradient_whole_matrix), ""),
-    ("Barlow Twins", "ours, gather", idiom(barlow_twins, off_diagonal_weight=WEIGHT, form="gather"), ""),
-    ("Barlow Twins", "ours, sums", idiom(barlow_twins, off_diagonal_weight=WEIGHT, form="sums"), ""),
+    ("Barlow Twins", "ours", idiom(barlow_twins, off_diagonal_weight=WEIGHT), ""),
     ("Barlow Twins", "lightly", their_barlow_twins, "lightly"),
     (
         "Barlow Twins",

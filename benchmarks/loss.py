@@ -41,8 +41,6 @@ def make_loss(name: str, gather: bool = False) -> Loss:
     """Return a candidate; ``gather``: over the projections of all processes."""
     if name == "ours":
         return lambda z1, z2: nt_xent(z1, z2, temperature=TEMPERATURE)
-    if name == "ours, ring":
-        return lambda z1, z2: nt_xent(z1, z2, temperature=TEMPERATURE, form="ring")
     if name == "ours, Barlow Twins":
         return barlow_twins
     if name == "plain cross-entropy":
@@ -185,7 +183,7 @@ def main() -> None:
         one_process({"ours, Barlow Twins": 1 << 20, "lightly, Barlow Twins": 1 << 20}, rows, width, 5, options.quick)
         for rows, width in widths
     ]
-    both, barlows = ["ours", "ours, ring", "lightly"], ["ours, Barlow Twins", "lightly, Barlow Twins"]
+    both, barlows = ["ours", "lightly"], ["ours, Barlow Twins", "lightly, Barlow Twins"]
     spread = several_processes(
         [(64, 32, both), (64, 32, barlows)]
         if options.quick

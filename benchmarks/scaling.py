@@ -62,13 +62,13 @@ class Cost:
     """Bytes of memory besides the projections."""
 
     def seconds(self, machine: Machine) -> float:
-        """Return the time without overlap: an upper figure for the ring, which computes while it transfers."""
+        """Return the time, without overlap of computing and transfers."""
         computing = self.flops / machine.flops + self.exps / machine.exps + self.traffic / machine.memory
         return computing + self.received / machine.bandwidth + self.messages * machine.latency
 
 
 def nt_xent_cost(form: str, n: int, d: int, size: int) -> Cost:
-    """``form``: matrix, tiled or ring; n source images on ``size`` devices, width d."""
+    """``form``: matrix or tiled; n source images on ``size`` devices, width d."""
     rows, columns = 2 * n / size, 2 * n
     product = 2 * rows * columns * d
     received = (size - 1) * rows * d * FLOAT  # everybody else's rows, once
@@ -83,19 +83,14 @@ def nt_xent_cost(form: str, n: int, d: int, size: int) -> Cost:
     # Of the own block only the upper half, in both passes; the backward pass has one product more.
     visits = 2 - 1 / size
     flops, exps = product * (visits + 1), rows * columns * visits
-    if form == "tiled":
-        return Cost(flops, exps, around_rows, received, 4 * collective, own + columns * d * FLOAT)
-    return Cost(flops, exps, around_rows, 2 * received, 2 * collective + 3 * (size - 1), own + 2 * rows * d * FLOAT)
+    return Cost(flops, exps, around_rows, received, 4 * collective, own + columns * d * FLOAT)
 
 
-def barlow_cost(form: str, n: int, d: int, size: int) -> Cost:
-    """``form``: gather or sums."""
-    collective = math.ceil(math.log2(size))
-    pairs = n if form == "gather" else n / size  # that each device computes with
+def barlow_cost(n: int, d: int, size: int) -> Cost:
+    """N source images on ``size`` devices, width d."""
+    collective, pairs = math.ceil(math.log2(size)), n / size
     flops, traffic = 6 * pairs * d**2, (30 * pairs * d + 16 * d**2) * FLOAT
     held = (8 * pairs * d + 5 * d**2) * FLOAT
-    if form == "gather":
-        return Cost(flops, 0, traffic, (size - 1) / size * 2 * n * d * FLOAT, 4 * collective, held)
     return Cost(flops, 0, traffic, 2 * (size - 1) / size * (d**2 + 10 * d) * FLOAT, 9 * collective, held)
 
 
@@ -107,36 +102,20 @@ H100_BF16 = Machine(flops=500e12, exps=3e12, memory=2.5e12, bandwidth=45e9, late
 def print_tables() -> None:
     """Print what docs/scaling.md shows."""
     print("NT-Xent, d = 128, milliseconds and MiB on each device\n")
-    print("| n | W | matrix | tiled | ring | tiled, bf16 factors | MiB: matrix | tiled | ring |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| n | W | matrix | tiled | tiled, bf16 factors | MiB: matrix | tiled |")
+    print("|---|---|---|---|---|---|---|")
     for n in (4096, 32_768, 262_144):
         for size in (1, 8, 64, 1024):
-            costs = [nt_xent_cost(form, n, 128, size) for form in ("matrix", "tiled", "ring")]
+            costs = [nt_xent_cost(form, n, 128, size) for form in ("matrix", "tiled")]
             times = [cost.seconds(H100_F32) for cost in costs] + [costs[1].seconds(H100_BF16)]
             cells = [f"{t * 1e3:,.2f}" for t in times] + [f"{cost.held / 2**20:,.1f}" for cost in costs]
             print(f"| {n:,} | {size:,} | {' | '.join(cells)} |")
-    print("\nBarlow Twins, milliseconds on each device (float32); the form that is chosen in bold\n")
-    print("| n | d | W | gather | sums |\n|---|---|---|---|---|")
+    print("\nBarlow Twins, milliseconds on each device (float32)\n")
+    print("| n | d | W = 8 | W = 64 | W = 1,024 |\n|---|---|---|---|---|")
     for n in (2048, 32_768):
         for d in (512, 2048, 8192):
-            for size in (8, 64, 1024):
-                times = [barlow_cost(form, n, d, size).seconds(H100_F32) * 1e3 for form in ("gather", "sums")]
-                chosen = chosen_barlow(n // size, d, size)
-                cells = [
-                    f"**{t:,.2f}**" if form == chosen else f"{t:,.2f}"
-                    for form, t in zip(("gather", "sums"), times, strict=True)
-                ]
-                print(f"| {n:,} | {d:,} | {size:,} | {' | '.join(cells)} |")
-
-
-def chosen_barlow(b: int, d: int, size: int) -> str:
-    """Return what simclr.losses chooses on ``size`` devices."""
-    from unittest import mock
-
-    from simclr import distributed, losses
-
-    with mock.patch.object(distributed, "world_size", return_value=size):
-        return losses.choose_barlow_twins(b, d).form
+            times = [barlow_cost(n, d, size).seconds(H100_F32) * 1e3 for size in (8, 64, 1024)]
+            print(f"| {n:,} | {d:,} | {' | '.join(f'{t:,.2f}' for t in times)} |")
 
 
 # ---------------------------------------------------------------------------------------------- against clocks
@@ -144,12 +123,9 @@ def chosen_barlow(b: int, d: int, size: int) -> str:
 MEASURED: list[tuple[str, int, int, Callable[[int], Cost], Callable[[Tensor, Tensor], Tensor]]] = [
     *[
         (f"nt_xent, {form}", 4096, 128, partial(nt_xent_cost, form, 4096, 128), partial(nt_xent, form=form))
-        for form in ("matrix", "tiled", "ring")
+        for form in ("matrix", "tiled")
     ],
-    *[
-        (f"barlow_twins, {form}", 2048, 1024, partial(barlow_cost, form, 2048, 1024), partial(barlow_twins, form=form))
-        for form in ("gather", "sums")
-    ],
+    ("barlow_twins", 2048, 1024, partial(barlow_cost, 2048, 1024), barlow_twins),
 ]
 
 

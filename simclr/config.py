@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from simclr.losses import BarlowForm, KernelChoice, NTXentForm
+from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
 from simclr.views import ViewSpec
 
@@ -42,9 +42,6 @@ class LossConfig:
 
     nt_xent_form: NTXentForm = "auto"
     """How nt_xent is computed, with the same result up to rounding: see simclr.losses. auto: by size and device."""
-
-    barlow_twins_form: BarlowForm = "auto"
-    """The same for barlow_twins."""
 
     kernels: KernelChoice = "auto"
     """nt_xent's tiles by torch's operations or by fused Triton kernels (CUDA). auto: Triton where it can."""
@@ -469,8 +466,11 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
 
 Config = TypeVar("Config")
 
-# Settings that earlier checkpoints do not have; they were made with what is the default now.
+# How checkpoints of earlier versions differ: settings that they lack and had the present default of; settings that they
+# have and that changed nothing but rounding, or time.
 _ADDED_LATER = frozenset({"TrainConfig.recompute"})
+_GIVEN_UP = frozenset({"TrainConfig.loss.barlow_twins_form"})
+_RENAMED = {("TrainConfig.loss.nt_xent_form", "ring"): "tiled"}
 
 
 def to_json(config: Any) -> str:
@@ -494,6 +494,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected an object, got {value!r}")
         hints = typing.get_type_hints(kind)
+        value = {name: entry for name, entry in value.items() if f"{where}.{name}" not in _GIVEN_UP}
         later = {name for name in hints if f"{where}.{name}" in _ADDED_LATER}
         unknown, missing = set(value) - set(hints), set(hints) - later - set(value)
         if unknown or missing:
@@ -507,6 +508,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         (inner,) = (a for a in arguments if a is not type(None))
         return _build(inner, value, where)
     if origin is Literal:
+        value = _RENAMED.get((where, str(value)), value)
         if value not in arguments:
             raise ValueError(f"{where}: {value!r} is none of {list(arguments)}")
         return value

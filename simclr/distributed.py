@@ -8,7 +8,7 @@ Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... an
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,19 +65,6 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return sum_over_ranks(gradients[0])
-
-
-class _ReplicatedGather(torch.autograd.Function):
-    """Concatenate every rank's rows; the backward pass takes the own rows of a gradient that all ranks share."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.count = len(rows)
-        return gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0][rank() * ctx.count : (rank() + 1) * ctx.count]
 
 
 class _ReplicatedSum(_SumOverRanks):
@@ -141,36 +128,6 @@ def gather(rows: Tensor) -> Tensor:
     return gathered
 
 
-def ring(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (rank, its rows) for every rank, this one first, holding those of two others at most.
-
-    Each rank passes on to the next what it received from the one before. The next rows arrive while the present ones
-    are used. They are valid until the next are taken. No gradient.
-
-    Args:
-        rows: Tensor (b, ...), the same shape and dtype on every rank.
-
-    Note:
-        Collective: every rank must take all of them. On NCCL the transfer runs beside the caller's kernels.
-    """
-    size, here = world_size(), rank()
-    current, spares = rows.contiguous(), [torch.empty_like(rows) for _ in range(min(2, size - 1))]
-    for step in range(size):
-        transfers: list[dist.Work] = []
-        incoming = spares[step % 2] if step < size - 1 else current
-        if step < size - 1:
-            transfers = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, current, (here + 1) % size),
-                    dist.P2POp(dist.irecv, incoming, (here - 1) % size),
-                ]
-            )
-        yield (here - step) % size, current
-        for transfer in transfers:
-            transfer.wait()
-        current = incoming
-
-
 def gather_variable(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order, where ranks may hold different numbers of rows.
 
@@ -210,17 +167,6 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return largest
 
 
-def replicated_gather(rows: Tensor) -> Tensor:
-    """As :func:`gather_with_grad`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
-
-    The backward pass then needs no communication here: every rank has the same gradient and takes its rows of it.
-    """
-    if world_size() == 1:
-        return rows
-    gathered: Tensor = _ReplicatedGather.apply(rows)
-    return gathered
-
-
 def replicated_sum(values: Tensor) -> Tensor:
     """As :func:`sum_over_ranks`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
 
@@ -235,8 +181,8 @@ def replicated_sum(values: Tensor) -> Tensor:
 def shared_gradient(value: Tensor) -> Tensor:
     """Return ``value``, the same on every rank; what the ranks' losses ask of it is summed over ranks, once, here.
 
-    With ``replicated_gather`` or ``replicated_sum`` before it, the gradients are those of ``gather_with_grad`` or
-    ``sum_over_ranks``, for the communication of one number. Collective in the backward pass.
+    With ``replicated_sum`` before it, the gradients are those of ``sum_over_ranks``, for the communication of one
+    number. Collective in the backward pass.
     """
     if world_size() == 1:
         return value

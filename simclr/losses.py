@@ -22,17 +22,11 @@ from torch import Tensor
 from simclr import distributed
 from simclr.tiled import Kernels, nt_xent_of_rows, power_of_two, unit_rows
 
-NTXentForm = Literal["auto", "matrix", "tiled", "ring"]
-BarlowForm = Literal["auto", "gather", "sums"]
+NTXentForm = Literal["auto", "matrix", "tiled"]
 KernelChoice = Literal["auto", "torch", "triton"]
 
-# The whole batch's projections are gathered up to this size, and passed round a ring above it.
-_GATHER_UP_TO_BYTES = 1 << 30
 # On a GPU, one matrix of similarities of up to this many elements (64 MiB) costs fewer kernel launches than tiles do.
 _MATRIX_UP_TO = 1 << 24
-# How many floating-point operations take as long as the transfer of one float32 between devices: that of a GPU with 60
-# TFLOP/s in float32 at 50 GB/s; docs/scaling.md says what hangs on it.
-_FLOP_PER_TRANSFER = 5000
 
 
 class Choice(NamedTuple):
@@ -62,9 +56,7 @@ def nt_xent(
         z2: Projections of the second view, same shape, dtype and device as ``z1``.
         temperature: Softmax temperature tau, > 0, unitless, a number. Cosine similarities are divided by it.
         form: "matrix" holds the (2b, 2n) similarities, and is the one that can be differentiated twice. "tiled"
-            computes them tile by tile, and again in the backward pass: memory O(n d). "ring" is tiled, and receives
-            the other devices' projections one device at a time: memory O(n d / world_size). "auto":
-            :func:`choose_nt_xent`.
+            computes them tile by tile, and again in the backward pass: memory O(n d). "auto": :func:`choose_nt_xent`.
         kernels: What computes the tiles: "torch", or "triton", fused, for float32 on CUDA. "auto": Triton where it
             can.
         bf16_matmul: Whether the factors of matrix products are rounded to bfloat16 (their sums stay float32), which
@@ -100,25 +92,18 @@ def nt_xent(
     b, n = len(z1), len(z1) * distributed.world_size()
     if n < 2:
         raise ValueError("nt_xent needs at least 2 source images in the whole batch, got 1: there are no negatives")
-    choice = choose_nt_xent(b, z1.shape[1], z1.device, z1.dtype, form=form, kernels=kernels, bf16_matmul=bf16_matmul)
+    choice = choose_nt_xent(b, z1.device, z1.dtype, form=form, kernels=kernels, bf16_matmul=bf16_matmul)
     if choice.form == "matrix" and bf16_matmul:
-        raise ValueError("bf16_matmul needs form tiled or ring, got form matrix")
+        raise ValueError("bf16_matmul needs form tiled, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([_at_least_float32(z1), _at_least_float32(z2)])
         if choice.form == "matrix":
             return _nt_xent_matrix(unit_rows(z)[0], temperature)
-        return nt_xent_of_rows(
-            z,
-            temperature,
-            ring=choice.form == "ring",
-            kernels=choice.kernels,
-            bf16_matmul=bf16_matmul,
-        )
+        return nt_xent_of_rows(z, temperature, kernels=choice.kernels, bf16_matmul=bf16_matmul)
 
 
 def choose_nt_xent(
     per_device_batch_size: int,
-    width: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     *,
@@ -126,7 +111,7 @@ def choose_nt_xent(
     kernels: KernelChoice = "auto",
     bf16_matmul: bool = False,
 ) -> Choice:
-    """Return how :func:`nt_xent` computes b pairs of width d on each device, with the reason; ``form`` may be given."""
+    """Return how :func:`nt_xent` computes b pairs on each device, with the reason; ``form`` may be given."""
     if kernels == "auto":
         kernels = "triton" if device.type == "cuda" and dtype != torch.float64 and _has_triton() else "torch"
     if form != "auto":
@@ -135,8 +120,6 @@ def choose_nt_xent(
     rows, columns = 2 * per_device_batch_size, 2 * per_device_batch_size * size
     if device.type == "cuda" and rows * columns <= _MATRIX_UP_TO and not bf16_matmul:
         return Choice("matrix", kernels, f"{rows} x {columns} similarities are few")
-    if size > 1 and columns * width * 4 > _GATHER_UP_TO_BYTES:
-        return Choice("ring", kernels, f"{columns} projections of width {width} take more than 1 GiB on each device")
     where = "one device: half the matrix, which is symmetric" if size == 1 else "all projections on each device"
     return Choice("tiled", kernels, where)
 
@@ -152,9 +135,7 @@ def _nt_xent_matrix(x: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, positive)
 
 
-def barlow_twins(
-    z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, centre: bool = True, form: BarlowForm = "auto"
-) -> Tensor:
+def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, centre: bool = True) -> Tensor:
     """Barlow Twins loss of the cross-correlation over the projections of all devices.
 
     C is the (d, d) cross-correlation of the two views over the n images of the global batch; the loss is
@@ -168,9 +149,6 @@ def barlow_twins(
         centre: Subtract each feature's mean over the global batch first, as the paper says ("mean-centered along
             the batch dimension") and as its code does by batch normalisation. ``False`` leaves it out and so gives
             equation 1 as printed, where the features are divided by their l2 norm over the batch only.
-        form: "sums" adds up the devices' (d, d) sums of products: communication does not depend on n. "gather"
-            gathers the projections, 2 n d numbers, and computes the whole loss on each device. "auto":
-            :func:`choose_barlow_twins`. In both the backward pass communicates one number.
 
     Returns:
         Scalar, between 0 and d + off_diagonal_weight * d * (d - 1) for centred features: 0 when C is the identity.
@@ -199,57 +177,31 @@ def barlow_twins(
     off_diagonal_weight = _number("off_diagonal_weight", off_diagonal_weight)
     if not 0 <= off_diagonal_weight < float("inf"):
         raise ValueError(f"off_diagonal_weight must be finite and >= 0, got {off_diagonal_weight}")
-    _check_word("form", form, BarlowForm)
     distributed.require_equal_rows(z1)
     n = len(z1) * distributed.world_size()
     if n < 2:
         raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
-    is_whole = choose_barlow_twins(len(z1), z1.shape[1], form).form == "gather"
     with torch.autocast(z1.device.type, enabled=False):
-        z: tuple[Tensor, ...] = (_at_least_float32(z1), _at_least_float32(z2))
-        if is_whole:
-            z = distributed.replicated_gather(torch.stack(z, dim=1)).unbind(dim=1)
-        correlation = _cross_correlation(z, n, centre, is_whole)
+        correlation = _cross_correlation((_at_least_float32(z1), _at_least_float32(z2)), n, centre)
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
         redundancy = (correlation - torch.diag(diagonal)).square().sum()
         return distributed.shared_gradient(invariance + off_diagonal_weight * redundancy)
 
 
-def choose_barlow_twins(per_device_batch_size: int, width: int, form: BarlowForm = "auto") -> Choice:
-    """Return how :func:`barlow_twins` computes b pairs of width d on each device, with the reason.
-
-    ``form``, if it is given, or the cheaper by the count of transfers (2 n d to gather, 2 d^2 to add up) and of
-    operations (6 d^2 for each pair: n pairs on each device, or b).
-    """
-    if form != "auto":
-        return Choice(form, "torch", "as configured")
-    size = distributed.world_size()
-    n = per_device_batch_size * size
-    if size == 1:
-        return Choice("sums", "torch", "one device")
-    gather = 2 * n * width + 6 * n * width**2 / _FLOP_PER_TRANSFER
-    sums = 2 * width**2 + 6 * per_device_batch_size * width**2 / _FLOP_PER_TRANSFER
-    if gather < sums:
-        return Choice("gather", "torch", f"{n} projections are fewer numbers than a {width} x {width} matrix")
-    return Choice("sums", "torch", f"a {width} x {width} matrix costs less than {n} projections on each device")
-
-
-def _cross_correlation(z: tuple[Tensor, ...], n: int, centre: bool, is_whole: bool) -> Tensor:
-    """Return C, (d, d), of two views' projections (b, d): of all ranks' unless these are the whole batch already.
+def _cross_correlation(z: tuple[Tensor, Tensor], n: int, centre: bool) -> Tensor:
+    """Return C, (d, d), of two views' projections (b, d) on every rank.
 
     Every rank has the same result, to be differentiated through :func:`simclr.distributed.shared_gradient`.
     """
-    total, largest = (
-        (lambda values: values, lambda values: values)
-        if is_whole
-        else (distributed.replicated_sum, distributed.max_over_ranks)
-    )
+    total = distributed.replicated_sum
     # C changes neither if a constant is subtracted from a (centred) feature nor if a feature is multiplied by one. So
     # what is subtracted and multiplied by here needs no gradient, though it depends on all projections: through it the
     # gradient would be 0. First each feature's least value, which loses no digit, however far from 0 the mean lies.
     with torch.no_grad():
-        ends = largest(torch.stack([end for view in z for end in (view.amax(dim=0), -view.amin(dim=0))]))
+        ends = distributed.max_over_ranks(
+            torch.stack([end for view in z for end in (view.amax(dim=0), -view.amin(dim=0))])
+        )
         high, low = ends[::2], -ends[1::2]  # (2 views, d)
         start = low if centre else torch.zeros_like(low)
         spread = torch.maximum(high - start, start - low)

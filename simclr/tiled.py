@@ -73,48 +73,46 @@ def power_of_two(size: Tensor) -> Tensor:
     return torch.frexp(size).mantissa / size
 
 
-def nt_xent_of_rows(z: Tensor, temperature: float, *, ring: bool, kernels: Kernels, bf16_matmul: bool) -> Tensor:
+def nt_xent_of_rows(z: Tensor, temperature: float, *, kernels: Kernels, bf16_matmul: bool) -> Tensor:
     """Return the mean NT-Xent loss of this rank's rows against the rows of all ranks, in nats.
 
     Args:
         z: Projections, float32 or float64, (r, d), equally many on every rank; row i and row (i + r / 2) % r are a
             positive pair. A row of zeros has similarity 0 to all others, and gradient 0.
         temperature: > 0.
-        ring: Whether the other ranks' rows come one rank at a time, W times per pass, instead of all at once. Holds
-            2 r d numbers instead of W r d.
         kernels: What computes a tile: torch's operations, or Triton's fused kernel (float32 on CUDA).
         bf16_matmul: Whether factors of matrix products are rounded to bfloat16; sums stay float32.
 
     Note:
         Collective call, forward and backward, if there are several ranks. Differentiable once.
     """
-    loss: Tensor = _NTXent.apply(z, temperature, ring, kernels, bf16_matmul)
+    loss: Tensor = _NTXent.apply(z, temperature, kernels, bf16_matmul)
     return loss
 
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float, ring: bool, kernels: Kernels, bf16: bool) -> Tensor:
+    def forward(ctx: Any, z: Tensor, temperature: float, kernels: Kernels, bf16: bool) -> Tensor:
         x, length, scale = unit_rows(z)
         tiles = _tiles(kernels, 1 / temperature, bf16)
-        columns = None if ring else distributed.gather(x)
+        columns = distributed.gather(x)
         lse = x.new_full((len(x),), -math.inf)
-        for owner, block in _blocks(x, columns):
+        for owner, block in _blocks(columns):
             lse = torch.logaddexp(lse, tiles.log_sum_exp(x, block, is_own=owner == distributed.rank()))
         ctx.tiles, ctx.temperature = tiles, temperature
-        ctx.save_for_backward(x, length, scale, lse, columns, None if ring else distributed.gather(lse))
+        ctx.save_for_backward(x, length, scale, lse, columns, distributed.gather(lse))
         one, other = x.chunk(2)
         loss: Tensor = lse.mean() - torch.linalg.vecdot(one, other).mean() / temperature
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, length, scale, lse, columns, columns_lse = ctx.saved_tensors
         weights = distributed.gather(gradient.reshape(1).to(x.dtype))  # of each rank's loss
         own = distributed.rank()
         total: Tensor | None = None
-        for (owner, block), (_, block_lse) in zip(_blocks(x, columns), _blocks(lse, columns_lse), strict=True):
+        for (owner, block), (_, block_lse) in zip(_blocks(columns), _blocks(columns_lse), strict=True):
             part = ctx.tiles.gradient(x, block, lse, block_lse, weights[own], weights[owner], is_own=owner == own)
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -122,14 +120,11 @@ class _NTXent(torch.autograd.Function):
             part.addcmul_(positive, weights[own], value=-2)
         along = torch.linalg.vecdot(x, total)[:, None]  # a longer projection is no other one
         total.addcmul_(x, along, value=-1).div_(length * (len(x) * ctx.temperature)).mul_(scale)
-        return total, None, None, None, None
+        return total, None, None, None
 
 
-def _blocks(own: Tensor, gathered: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """Yield (rank, its rows) for all ranks, this one first: from what was gathered, or passed on round the ring."""
-    if gathered is None:
-        yield from distributed.ring(own)
-        return
+def _blocks(gathered: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (rank, its rows) for all ranks, this one first."""
     parts = gathered.chunk(distributed.world_size())
     for step in range(len(parts)):
         owner = (distributed.rank() - step) % len(parts)

@@ -245,10 +245,11 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
         from_json(TrainConfig, json.dumps(values))
 
 
-def test_settings_that_earlier_checkpoints_lack_have_their_defaults() -> None:
+def test_settings_of_earlier_checkpoints_are_understood() -> None:
     values = json.loads(to_json(TrainConfig(seed=3)))
     del values["recompute"]
-    assert from_json(TrainConfig, json.dumps(values)) == TrainConfig(seed=3)
+    values["loss"] |= {"barlow_twins_form": "gather", "nt_xent_form": "ring"}
+    assert from_json(TrainConfig, json.dumps(values)) == TrainConfig(seed=3, loss=LossConfig(nt_xent_form="tiled"))
 
 
 def test_a_table_comes_back_from_json() -> None:

@@ -165,25 +165,24 @@ def twenty_steps(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     [
         ("simclr", 1, False, "matrix"),
         ("simclr", 1, True, "auto"),
-        ("simclr", 2, False, "ring"),
+        ("simclr", 2, False, "matrix"),
         ("simclr", 2, True, "tiled"),
-        ("simclr", 4, False, "ring"),
+        ("simclr", 4, False, "tiled"),
         ("barlow", 1, True, "auto"),
-        ("barlow", 2, True, "gather"),
-        ("barlow", 4, False, "sums"),
+        ("barlow", 2, True, "auto"),
+        ("barlow", 4, False, "auto"),
     ],
 )
 def test_devices_recomputed_blocks_and_forms_of_the_loss_give_the_same_weights(
     twenty_steps: dict[str, TrainConfig], tmp_path: Path, method: str, world_size: int, recompute: bool, form: Any
 ) -> None:
     reference = twenty_steps[method]
-    field = "nt_xent_form" if method == "simclr" else "barlow_twins_form"
     config = dataclasses.replace(
         reference,
         output=tmp_path / "run",
         world_size=world_size,
         recompute=recompute,
-        loss=dataclasses.replace(reference.loss, **{field: form}),
+        loss=dataclasses.replace(reference.loss, nt_xent_form=form),
     )
     run(config, world_size)
     assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +39,15 @@ def check_tiles(rows: int, columns: int, width: int, is_own: bool, scale: float)
     torch.testing.assert_close(gradient, exact, rtol=1e-5 * scale, atol=1e-6 * scale)
 
 
-def triton_loss(z1: Tensor, z2: Tensor, *, form: Any = "tiled", temperature: float = 0.5) -> Tensor:
+def triton_loss(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
     """nt_xent by Triton; ``kernels="triton"`` alone refuses CPU tensors unless interpreted."""
-    return nt_xent(z1, z2, temperature=temperature, form=form, kernels="triton")
+    return nt_xent(z1, z2, temperature=temperature, form="tiled", kernels="triton")
 
 
-def on_a_rank(rank: int, world_size: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
+def on_a_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Value and gradients of this rank's share."""
     z1, z2 = (z.chunk(world_size)[rank] for z in projections(12, 20, dtype=torch.float32))
-    return value_and_gradients(partial(triton_loss, form=form), z1, z2)
+    return value_and_gradients(triton_loss, z1, z2)
 
 
 def main() -> None:
@@ -65,18 +64,15 @@ def main() -> None:
             assert (mine.double() - reference).norm() <= 1e-6 / temperature * (reference.norm() + 1)
 
     x = F.normalize(torch.randn(100, 96), dim=1)
-    exact, rounded = (
-        float(nt_xent_of_rows(x, 0.1, ring=False, kernels="triton", bf16_matmul=bf16)) for bf16 in (False, True)
-    )
+    exact, rounded = (float(nt_xent_of_rows(x, 0.1, kernels="triton", bf16_matmul=bf16)) for bf16 in (False, True))
     assert 0 < abs(rounded - exact) < 1e-2  # the interpreter cuts digits off, where a GPU rounds to nearest
 
     z1, z2 = projections(12, 20)
     _, *gradients = value_and_gradients(partial(nt_xent_by_the_paper, temperature=0.5), z1, z2)
-    for form in ("tiled", "ring"):
-        answers = run_distributed(on_a_rank, 2, form)
-        for i, gradient in enumerate(gradients, start=1):
-            mine = torch.cat([answer[i] for answer in answers]).double() / 2
-            assert (mine - gradient).norm() < 1e-5 * gradient.norm()
+    answers = run_distributed(on_a_rank, 2)
+    for i, gradient in enumerate(gradients, start=1):
+        mine = torch.cat([answer[i] for answer in answers]).double() / 2
+        assert (mine - gradient).norm() < 1e-5 * gradient.norm()
     shut_down_workers()
     print("all kernels agree")
 
