@@ -164,8 +164,8 @@ _PRESETS = (
     ),
     Preset(
         _SIMCLR_SOURCE,
-        "published for the official pixels, test set: kNN 83.2 %, linear 85.6 %; here, on CIFAR-10 (JPEG q75), one run on "
-        "a GPU: kNN 75.1 %, linear 78.8 %",
+        "published for the official pixels, test set: kNN 83.2 %, linear 85.6 %; here, on CIFAR-10 (JPEG q75), one run "
+        "on a GPU: kNN 75.1 %, linear 78.8 %",
         dataclasses.replace(_SIMCLR_CIFAR10, name="cifar10-simclr-100"),
     ),
     Preset(
