@@ -69,7 +69,10 @@ def readable_suffixes() -> frozenset[str]:
     """Endings of file names, in lower case, of formats that Pillow reads here; HEIF too where pillow-heif is there."""
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
-    Image.preinit()  # the common formats first: opening a file tries them in the order in which they came
+    # The common formats first: opening a file tries them in the order in which they were imported.
+    Image.preinit()
+    for common in ("WebP", "Tiff"):
+        importlib.import_module(f"PIL.{common}ImagePlugin")
     registered = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in _NOT_BY_ITSELF)
 
