@@ -10,7 +10,6 @@ the test images are measured, and choose nothing. Runs in one process, on the fi
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -27,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import evaluation, host, report, runlog
+from simclr import beton, evaluation, host, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig, default_num_validation
@@ -38,6 +37,7 @@ from simclr.report import ProbeResult, Row, Scores, Trial, ViewPairs
 from simclr.views import two_views
 
 NUM_PICTURED = 8
+MOST_TRAINED_ON = 0.1  # share of the test images; with more training images among them, nothing is measured
 LARGEST_PIXEL_FEATURES = 4 << 30  # bytes; beyond this the raw-pixel baseline is left out, and that is said
 
 
@@ -222,6 +222,11 @@ def check_data(config: ProbeConfig, pretrained: Pretrained, train: ImageSource, 
                 f"{path} has {facts.num_images - sum(facts.class_counts):,} images without a label; accuracy needs "
                 f"labels. Name a labelled file with {option}"
             )
+        if facts.num_classes < 2:
+            raise ValueError(
+                f"{path} has one class only, {facts.classes[0]!r}, so that every answer is right. Name a file of "
+                f"several classes with {option}"
+            )
         if (facts.height, facts.width) != (before.height, before.width):
             raise ValueError(
                 f"{path} holds images of {facts.height} x {facts.width} pixels, but the encoder was pretrained on "
@@ -232,23 +237,68 @@ def check_data(config: ProbeConfig, pretrained: Pretrained, train: ImageSource, 
             f"the classes differ: {train.path} has {list(train.facts.classes)}, {test.path} has "
             f"{list(test.facts.classes)}. Name files of one data set with --train and --test"
         )
-    if train.facts.content_sha256 == test.facts.content_sha256:
-        raise ValueError(f"{test.path} holds the same images as {train.path}; name the test images with --test")
-    notes = []
-    if train.facts.content_sha256 != before.content_sha256:
-        if config.train is None:
-            raise ValueError(
-                f"{train.path} is not the file that was pretrained on: its content has sha256 "
-                f"{train.facts.content_sha256[:12]}..., that one's {before.content_sha256[:12]}.... "
-                "If it is to be measured on nevertheless, name it with --train"
-            )
+    is_pretraining_file = train.facts.content_sha256 == before.content_sha256
+    if not is_pretraining_file and config.train is None:
+        raise ValueError(
+            f"{train.path} is not the file that was pretrained on: its content has sha256 "
+            f"{train.facts.content_sha256[:12]}..., that one's {before.content_sha256[:12]}.... "
+            "If it is to be measured on nevertheless, name it with --train"
+        )
+    train_images, test_images = beton.image_digests(train.path), beton.image_digests(test.path)
+    notes = check_test_images(train, test, train_images, test_images)
+    if is_pretraining_file:
+        return notes
+    seen = pretraining_images(pretrained, train.facts)
+    known = sum(image in (seen or ()) for image in train_images)
+    if known == len(train_images):
+        what = f"Measured on images pretrained on: all {known:,} are among pretraining's {before.num_images:,}"
+    else:
+        what = "Transfer: measured on other images than pretrained on"
+        what += f", but for {known:,} of {len(train_images):,}" if known else ""
+        if seen is None:
+            what += f", as far as is known: {pretrained.config.data} is not there, or stored in another way,"
+    notes.append(
+        f"{what} ({train.facts.source!r}; pretraining: {before.source!r}). Both are normalised with pretraining's "
+        f"statistics: channel means {_three(before.channel_mean)} there, {_three(train.facts.channel_mean)} here; "
+        f"deviations {_three(before.channel_std)} there, {_three(train.facts.channel_std)} here."
+    )
+    if known_test := sum(image in (seen or ()) for image in test_images):
         notes.append(
-            f"Transfer: measured on other images than pretrained on ({train.facts.source!r}; pretraining: "
-            f"{before.source!r}). Both are normalised with pretraining's statistics: channel means "
-            f"{_three(before.channel_mean)} there, {_three(train.facts.channel_mean)} here; deviations "
-            f"{_three(before.channel_std)} there, {_three(train.facts.channel_std)} here."
+            f"{known_test:,} of the {len(test_images):,} test images were pretrained on, without their labels."
         )
     return notes
+
+
+def check_test_images(
+    train: ImageSource, test: ImageSource, train_images: list[bytes], test_images: list[bytes]
+) -> list[str]:
+    """Compare test with training images one by one: refuse too many equal ones, return a note about few."""
+    if train.facts.encoding != test.facts.encoding:
+        return [
+            f"Whether test images are training images was not compared: the ones are {test.facts.encoding}, "
+            f"the others {train.facts.encoding}."
+        ]
+    trained_on = set(train_images)
+    equal = sum(image in trained_on for image in test_images)
+    share = f"{equal:,} of the {len(test_images):,} test images ({100 * equal / len(test_images):.1f} %)"
+    if equal > MOST_TRAINED_ON * len(test_images):
+        raise ValueError(
+            f"{share} in {test.path} are also training images in {train.path}, pixel by pixel; up to "
+            f"{100 * MOST_TRAINED_ON:g} % are measured. Name other images with --test, or divide the images anew "
+            "(python -m data_prep imagefolder --test-fraction 0.1)"
+        )
+    return [f"{share} are also training images, pixel by pixel."] if equal else []
+
+
+def pretraining_images(pretrained: Pretrained, like: Facts) -> set[bytes] | None:
+    """Return digests of the images pretrained on; None if their file is gone, or stored unlike ``like``."""
+    path, facts = pretrained.config.data, pretrained.facts
+    try:
+        if facts.encoding == like.encoding and beton.load_facts(path).content_sha256 == facts.content_sha256:
+            return set(beton.image_digests(path))
+    except beton.BetonError:
+        pass  # it is not needed for anything else
+    return None
 
 
 class Sizes(NamedTuple):
@@ -536,11 +586,8 @@ def picture_views(task: Task) -> ViewPairs:
 
 def pretraining_records(folder: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return manifest and metrics of the run, as far as they lie beside the checkpoint."""
-    manifest, metrics = folder / runlog.MANIFEST, folder / runlog.METRICS
-    return (
-        json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None,
-        runlog.read_metrics(folder) if metrics.is_file() else [],
-    )
+    has_metrics = (folder / runlog.METRICS).is_file()
+    return runlog.read_manifest(folder), runlog.read_metrics(folder) if has_metrics else []
 
 
 def said(row: Row) -> Row:
@@ -557,6 +604,7 @@ def _three(values: tuple[float, float, float]) -> str:
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
+    host.outlive_readers()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit(
             f"linear_probe.py runs in one process, but {os.environ['WORLD_SIZE']} were started. Use: "

@@ -22,12 +22,15 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
@@ -36,7 +39,7 @@ from simclr.beton import Facts, load_facts
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
-from simclr.evaluation import DivergedError
+from simclr.evaluation import DivergedError, Features
 from simclr.feed import ViewFeed
 from simclr.finite import Guard
 from simclr.interruption import EXIT_SAVED, Interrupted, Signals
@@ -55,6 +58,8 @@ from simclr.presets import parse_train_config
 from simclr.runlog import RunLog, Status
 from simclr.tiled import unit_rows
 from simclr.views import describe, say_view_stages
+
+MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
@@ -94,6 +99,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
 
 def pretrain(config: TrainConfig, peers: Peers) -> None:
     """Do what :func:`main` does, once all processes have met and are known to be one run."""
+    runlog.require_run_or_empty(config.folder)
     config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
@@ -118,8 +124,8 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
         )
-        with runlog.locked(config.folder, is_main=is_main):
-            progress = resume(config, source.facts, plain_model, optimizer, accelerator)
+        with runlog.locked(config.folder, is_main=is_main) as lock:
+            progress = resume(config, derived, source.facts, plain_model, optimizer, accelerator)
             if is_main:
                 say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
@@ -135,7 +141,13 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
-                Status(config.folder, is_main=is_main, step=progress.step, total_steps=derived.total_steps) as status,
+                Status(
+                    config.folder,
+                    is_main=is_main,
+                    step=progress.step,
+                    total_steps=derived.total_steps,
+                    is_ours=lock.is_held,
+                ) as status,
                 RunLog(
                     config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
                 ) as log,
@@ -143,7 +155,7 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
                     config.folder,
                     keep=config.keep_checkpoints,
                     last_step=progress.step_of_last,
-                    before=log.sync,
+                    before=functools.partial(before_save, lock, log),
                     after=status.saved,
                 ) as writer,
                 peers.explained(before_exit=status.failed),
@@ -270,8 +282,8 @@ def train(run: Run, log: RunLog) -> None:
             if progress.step % derived.steps_per_epoch:
                 measure_and_save(run, log, meter, is_last=False)
         measure_and_save(run, log, meter, is_last=progress.step == stop)
-    with run.peers.patience("until the last checkpoint is written"):
-        run.writer.flush()
+    run.peers.wait_until(run.writer.is_idle, "waiting for the disk")
+    run.writer.flush()
     if asked and progress.step < derived.total_steps:
         message = (
             f"{asked}: saved after step {progress.step} of {derived.total_steps}; the same command goes on from it"
@@ -482,8 +494,7 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
     require_finite_weights(run)
     is_best = False
     if can_measure(config, run.source.facts) and (at_end or knn_is_due):
-        with run.peers.patience("measuring kNN accuracy"):
-            accuracy = measure_knn(run)
+        accuracy = measure_knn(run)
         progress.knn_accuracy = accuracy
         is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
         progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
@@ -492,9 +503,11 @@ def measure_and_save(run: Run, log: RunLog, meter: Meter, *, is_last: bool) -> N
         log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
     elif at_end:
         is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
-    with run.peers.patience("saving"):
-        if run.accelerator.is_main_process:
-            save(run, is_best=is_best)
+    run.peers.wait_until(run.writer.is_idle, "waiting for the disk to have the checkpoint before")
+    run.peers.working("saving")
+    if run.accelerator.is_main_process:
+        save(run, is_best=is_best)
+    run.peers.working("training")
     meter.restart_clock()
 
 
@@ -504,24 +517,35 @@ def can_measure(config: TrainConfig, facts: Facts) -> bool:
 
 
 def measure_knn(run: Run) -> float:
-    """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result."""
+    """Return kNN accuracy on the validation images in percent; every rank encodes a share and has the result.
+
+    It is done in parts, and before each the ranks tell each other that they go on.
+    """
     assert run.config.num_validation is not None
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
-    encode = functools.partial(
-        evaluation.extract_features,
-        run.plain_model.encoder,
-        run.source,
-        device=run.accelerator.device,
-        dtype=forward_dtype(run.accelerator, run.config),
-        world_size=run.derived.world_size,
-        rank=run.accelerator.process_index,
-    )
-    return evaluation.knn_accuracy(
-        encode(indices=bank_rows),
-        encode(indices=query_rows),
-        k=min(20, len(bank_rows)),
-        num_classes=run.source.facts.num_classes,
-    )
+    at_once = MEASURED_AT_ONCE * run.derived.world_size
+
+    def parts(rows: NDArray[np.int64]) -> Iterator[Features]:
+        for start in range(0, len(rows), at_once):
+            run.peers.working("measuring kNN accuracy")
+            yield evaluation.extract_features(
+                run.plain_model.encoder,
+                run.source,
+                rows[start : start + at_once],
+                device=run.accelerator.device,
+                dtype=forward_dtype(run.accelerator, run.config),
+                world_size=run.derived.world_size,
+                rank=run.accelerator.process_index,
+            )
+
+    bank = Features.joined(list(parts(bank_rows)))
+    k, num_classes = min(20, len(bank_rows)), run.source.facts.num_classes
+    right = 0
+    for queries in parts(query_rows):
+        run.peers.working("measuring kNN accuracy")
+        predicted = evaluation.knn_predict(bank, queries, k=k, num_classes=num_classes)
+        right += int((predicted == queries.label).sum())
+    return 100 * right / len(query_rows)
 
 
 def require_finite_weights(run: Run) -> None:
@@ -529,6 +553,12 @@ def require_finite_weights(run: Run) -> None:
     norms = torch._foreach_norm([value.float() for value in run.plain_model.state_dict().values()])
     if not bool(torch.stack(list(norms)).isfinite().all()):
         raise DivergedError(f"weights are not finite after step {run.progress.step}")
+
+
+def before_save(lock: runlog.Lock, log: RunLog) -> None:
+    """See that the folder is still this run's, and that all lines that a checkpoint continues after are on the disk."""
+    lock.require_held()
+    log.sync()
 
 
 def save(run: Run, *, is_best: bool) -> None:
@@ -663,7 +693,9 @@ def image_size(facts: Facts, path: Path) -> int:
     return facts.height
 
 
-def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> Progress:
+def resume(
+    config: TrainConfig, derived: Derived, facts: Facts, model: nn.Module, optimizer: Any, accelerator: Accelerator
+) -> Progress:
     """Continue the run that the output folder holds, if there is one and it is wanted."""
     newest = checkpoint.load_newest(config.folder)
     if newest is None:
@@ -684,6 +716,7 @@ def resume(config: TrainConfig, facts: Facts, model: nn.Module, optimizer: Any, 
         )
     saved = newest.payload
     require_same_run(config, facts, saved, newest.path)
+    require_step_of_run(config, derived, saved, newest.path)
     if accelerator.is_main_process:
         for reason in newest.passed_over:
             print(f"passed over: {reason}")
@@ -731,6 +764,21 @@ def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], p
     if distributed.rank() == 0:
         for difference in different.values():
             print(f"changed:    {difference} (--allow-changed)")
+
+
+def require_step_of_run(config: TrainConfig, derived: Derived, saved: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that this run cannot have written, or that lies behind its end."""
+    step, epoch = saved["step"], saved["epoch"]
+    if step > derived.total_steps:
+        raise CheckpointError(
+            f"{path} is of step {step}, and the run has {derived.total_steps} steps: it is of another run. Give more "
+            "--epochs (with --allow-changed epochs) to go on from it, or another --output"
+        )
+    if epoch != step // derived.steps_per_epoch and not config.allow_changed:
+        raise CheckpointError(
+            f"{path} is of step {step} and epoch {epoch}, but at {derived.steps_per_epoch} steps per epoch that is "
+            f"epoch {step // derived.steps_per_epoch}: it is of another run. Give another --output"
+        )
 
 
 def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
@@ -838,22 +886,21 @@ def write_manifest(
         "loader": f"{source.backend}: {source.reason}",
         "views": f"{feed.method}: {feed.reason}",
     }
-    earlier = []
-    if progress.step and path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+    before = runlog.read_manifest(config.folder) if progress.step else None
     runlog.write_json(
         path,
         {
             **session,
             "config": json.loads(to_json(config)),
             "facts": json.loads(to_json(source.facts)),
-            "sessions": [*earlier, session],
+            "sessions": [*(before["sessions"] if before else []), session],
         },
     )
 
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
+    host.outlive_readers()
     conclude(parse_train_config(description=__doc__))
 
 

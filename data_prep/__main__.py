@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from data_prep.convert import ConversionError, Source, Storage, convert
+from data_prep.convert import ConversionError, Storage, convert
 from simclr import beton, host
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
@@ -80,32 +80,31 @@ def stl10(
         convert(source, output / f"{split}.beton", storage)
 
 
-def imagefolder(root: Path, output: Path, resolution: int | None = None, storage: Stored = _AS_IT_IS) -> None:
-    """Any tree of images, one folder per class: ROOT/CLASS/image.jpg, or ROOT/train/CLASS/image.jpg and so on.
+def imagefolder(
+    root: Path,
+    output: Path,
+    resolution: int | None = None,
+    test_fraction: float | None = None,
+    unreadable: Literal["refuse", "skip"] = "refuse",
+    storage: Stored = _AS_IT_IS,
+) -> None:
+    """Any images: a folder with one folder per class or without, train and test folders of either, or a CSV list.
 
     Args:
-        root: One class tree, or a folder with train and with test or val, each a class tree of the same classes.
-        output: A folder for SPLIT.beton; or a file FILE.beton, if root is one class tree.
+        root: A folder of images. Folders in it are classes; or splits, if they are called train, val, test and the
+            like. Or FILE.csv with a column path (relative to the file), and label and split if there are any.
+        output: A folder for SPLIT.beton; or a file FILE.beton, if root is one split.
         resolution: Resize the shorter side to this many pixels (bicubic, antialiased) and crop the centre to a
             square. Needed if the images differ in size.
+        test_fraction: Make this part of each class test images, chosen by a hash of their paths: the same ones each
+            time.
+        unreadable: What to do if some images cannot be read. All of them are listed in either case.
         storage: How to store the images.
     """
-    from data_prep.image_folder import find_splits, image_folder
+    from data_prep.find import find
+    from data_prep.image_folder import convert_found
 
-    splits = find_splits(root)
-    if output.suffix == ".beton" and len(splits) > 1:
-        raise ConversionError(f"{root} holds {', '.join(splits)}; give a folder as --output, not {output}")
-    sources = {split: image_folder(folder, split, resolution) for split, folder in splits.items()}
-    _require_same_classes(sources)
-    for split, source in sources.items():
-        convert(source, output if output.suffix == ".beton" else output / f"{split}.beton", storage)
-
-
-def _require_same_classes(sources: dict[str, Source]) -> None:
-    (first, reference), *others = sources.items()
-    for split, source in others:
-        if only := sorted(set(reference.classes) ^ set(source.classes)):
-            raise ConversionError(f"the classes of {first} and {split} differ: {', '.join(only[:10])} are in one only")
+    print(convert_found(find(root, test_fraction), output, resolution, unreadable, storage))
 
 
 def shapes(
@@ -209,4 +208,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    host.outlive_readers()
     sys.exit(main())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,6 +29,18 @@ class ConversionError(ValueError):
     """The images cannot be converted; nothing was changed."""
 
 
+class UnreadableError(ConversionError):
+    """Some files cannot be read.
+
+    Attributes:
+        reasons: File -> why it cannot be read.
+    """
+
+    def __init__(self, reasons: dict[Path, str]) -> None:
+        super().__init__(f"{len(reasons):,} files cannot be read")
+        self.reasons = reasons
+
+
 @dataclass
 class Source:
     """The images of one split, in the order in which they are to be stored.
@@ -38,7 +52,7 @@ class Source:
         num_images: How many images ``chunks`` will yield.
         chunks: Called once; yields images uint8 (m, h, w, 3) and labels int64 (m,), -1 for no label.
         lossy: Whether some image has gone through lossy compression; final once ``chunks`` is exhausted.
-        notes: What the user should know of, such as images that were not RGB; final likewise.
+        changes: What was done to images, such as "converted to RGB from mode CMYK" -> to how many; final likewise.
         is_determined: Whether ``description`` and ``split`` determine every pixel, so that a file with the same
             facts need not be made again to be known as the same.
     """
@@ -49,7 +63,7 @@ class Source:
     num_images: int
     chunks: Callable[[], Iterator[Chunk]]
     lossy: bool = False
-    notes: list[str] = field(default_factory=list)
+    changes: Counter[str] = field(default_factory=Counter)
     is_determined: bool = False
 
 
@@ -70,40 +84,74 @@ class Storage:
 
 
 def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
-    """Writes one split, reads it back, compares, and only then gives the file its name.
-
-    A file that is already there stays as it is until then. It also stays if it is the same, or if it differs
-    and ``storage.force`` is not set.
-
-    Args:
-        source: The images.
-        path: The .beton file.
-        storage: How to store them.
+    """Writes one split, and says so; as ``convert_all``, which see.
 
     Returns:
         The facts about the file.
+    """
+    ((facts, said),) = convert_all([(source, path)], storage)
+    print(said)
+    return facts
+
+
+def convert_all(jobs: Sequence[tuple[Source, Path]], storage: Storage) -> list[tuple[beton.Facts, str]]:
+    """Writes splits, reads them back, compares, and only when all are complete gives the files their names.
+
+    Files that are already there stay as they are until then. They also stay if they are the same, or if one differs
+    and ``storage.force`` is not set.
+
+    Args:
+        jobs: The images of each split, and the .beton file for them.
+        storage: How to store them.
+
+    Returns:
+        The facts about each file, and a line that says what was done.
 
     Raises:
+        UnreadableError: If there are files that cannot be read, with those of all splits.
         ConversionError: If a different file is there and may not be replaced, or the quality is out of range.
-        BetonError: If the file cannot be written.
+        BetonError: If a file cannot be written.
     """
     if not 1 <= storage.jpeg_quality <= 100:
         raise ConversionError(f"--jpeg-quality must be 1 to 100, got {storage.jpeg_quality}")
-    if source.is_determined and (facts := _same_by_description(source, path, storage)):
-        print(f"{path}: already there and intact ({_summary(facts)})")
-        return facts
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConversionError(beton.explain(error, path)) from error
+    done: list[tuple[beton.Facts, str]] = []
+    writers: list[beton.Writer] = []
+    unreadable: dict[Path, str] = {}
+    with ExitStack() as stack:
+        for source, path in jobs:
+            if source.is_determined and (facts := _same_by_description(source, path, storage)):
+                done.append((facts, f"{path}: already there and intact ({_summary(facts)})"))
+                continue
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConversionError(beton.explain(error, path)) from error
+            try:
+                writer, facts = _write(stack, source, path, storage)
+            except UnreadableError as error:
+                unreadable |= error.reasons
+                continue
+            said = f"{path}: already there and the same ({_summary(facts)})"
+            if not _is_there(path, facts, storage):
+                writers.append(writer)
+                said = f"{path}: written, read back and compared ({_summary(facts)})"
+            done.append((facts, said))
+        if unreadable:
+            raise UnreadableError(unreadable)
+        for writer in writers:
+            writer.commit()
+    return done
 
+
+def _write(stack: ExitStack, source: Source, path: Path, storage: Storage) -> tuple[beton.Writer, beton.Facts]:
+    """Writes all but the name of one file; ``stack`` then holds what removes it again unless it is committed."""
     chunks = source.chunks()
     first = next(chunks)
     _, height, width, _ = first[0].shape
+    writer = stack.enter_context(
+        beton.Writer(path, num_images=source.num_images, height=height, width=width, encoding=storage.encoding)
+    )
     with (
-        beton.Writer(
-            path, num_images=source.num_images, height=height, width=width, encoding=storage.encoding
-        ) as writer,
         tqdm(total=source.num_images, desc=path.name, unit=" images", disable=None) as progress,
         ThreadPoolExecutor(usable_cores()) as pool,
     ):
@@ -114,29 +162,32 @@ def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
             else:
                 writer.add(images, labels)
             progress.update(len(images))
-        facts = writer.finish(
-            source=source.description,
-            split=source.split,
-            classes=source.classes,
-            lossy_source=source.lossy,
-            jpeg_quality=storage.jpeg_quality if storage.encoding == "jpeg" else None,
-            written_by={"simclr": simclr.__version__, "pillow": PIL.__version__},
+    facts = writer.finish(
+        source=source.description,
+        split=source.split,
+        classes=source.classes,
+        lossy_source=source.lossy,
+        jpeg_quality=storage.jpeg_quality if storage.encoding == "jpeg" else None,
+        written_by={"simclr": simclr.__version__, "pillow": PIL.__version__},
+    )
+    return writer, facts
+
+
+def _is_there(path: Path, facts: beton.Facts, storage: Storage) -> bool:
+    """Whether the file is already there and the same.
+
+    Raises:
+        ConversionError: If another one is, and may not be replaced.
+    """
+    if not path.exists() or storage.force:
+        return False
+    difference = _difference(path, facts)
+    if difference:
+        raise ConversionError(
+            f"{path} is already there and differs: {difference}. It was left as it is; "
+            "replace it with --force or choose another --output"
         )
-        for note in source.notes:
-            progress.write(f"{path.name}: {note}")
-        if path.exists() and not storage.force:
-            difference = _difference(path, facts)
-            if difference is None:
-                progress.write(f"{path}: already there and the same ({_summary(facts)})")
-                return facts
-            if difference:
-                raise ConversionError(
-                    f"{path} is already there and differs: {difference}. It was left as it is; "
-                    "replace it with --force or choose another --output"
-                )
-        writer.commit()
-    print(f"{path}: written, read back and compared ({_summary(facts)})")
-    return facts
+    return difference is None
 
 
 def _same_by_description(source: Source, path: Path, storage: Storage) -> beton.Facts | None:

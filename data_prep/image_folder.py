@@ -1,235 +1,172 @@
-"""Image trees as torchvision's ImageFolder reads them: ROOT/CLASS/.../image.jpg."""
+"""Folders of images, and lists of them: what ``find`` finds and ``read_image`` reads becomes the images of splits."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from tqdm import tqdm
 
-from data_prep.convert import Chunk, ConversionError, Source, map_in_order
+from data_prep.convert import (
+    Chunk,
+    ConversionError,
+    Source,
+    Storage,
+    UnreadableError,
+    convert_all,
+    map_in_order,
+)
+from data_prep.find import Found, Tree, find, shown
+from data_prep.read_image import Loaded, load
 from simclr.host import usable_cores
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SPLITS = ("train", "val", "test")
-# What Pillow converts to RGB with at most 8 bits per channel before and after.
-_CONVERTED_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
-_LOSSY_FORMATS = ("JPEG", "MPO", "WEBP")  # WebP may be lossless; it is rarely so, and the file need not say
+UNREADABLE = "unreadable-images.txt"
 _CHUNK = 64
-_MOST_NAMED = 10
+_MOST_LISTED = 1000
+_MOST_NAMED = 4
 
 
-@dataclass(frozen=True)
-class Tree:
-    """The images below one folder, in torchvision's order.
-
-    Attributes:
-        classes: Names of the class folders, sorted.
-        paths: Image files, by class, then by folder and name.
-        labels: Class index of each, int64 (n,).
-        skipped: How many files of which kind were left out.
-    """
-
-    classes: tuple[str, ...]
-    paths: tuple[Path, ...]
-    labels: NDArray[np.int64]
-    skipped: dict[str, int]
-
-
-def find_splits(root: Path) -> dict[str, Path]:
-    """Finds what ``root`` holds: a ``train`` folder and others beside it, or one tree of classes.
+def convert_found(
+    found: Found, output: Path, resolution: int | None, unreadable: Literal["refuse", "skip"], storage: Storage
+) -> str:
+    """Converts all splits that were found.
 
     Args:
-        root: The folder that the user named.
+        found: What is to be converted; what turns out to be unreadable is added to what is left out.
+        output: A folder for SPLIT.beton, or a file FILE.beton for a single split.
+        resolution: As in ``image_folder``.
+        unreadable: Whether files that cannot be read stop the conversion. "skip" reads all images once more if there
+            are such files, since a .beton file begins with the number of its images.
+        storage: How to store them.
 
     Returns:
-        Split name -> its class tree.
+        What was stored, changed and left out, for people.
 
     Raises:
-        ConversionError: If ``root`` is no folder, or has ``train`` but neither ``val`` nor ``test``.
+        ConversionError: As ``image_folder`` and ``convert_all``. Of unreadable files all are listed, and in a file.
     """
-    if not root.is_dir():
-        raise ConversionError(f"{root} is not a folder; --root should hold one folder of images per class")
-    found = {name: root / name for name in SPLITS if (root / name).is_dir()}
-    if not found:
-        return {root.resolve().name: root}
-    if "train" not in found or len(found) == 1:
-        there, missing = sorted(found), "train" if "train" not in found else "test or val"
-        raise ConversionError(
-            f"{root} has the split {' and '.join(there)} but no {missing}. Add it, or convert one split alone: "
-            f"--root {found[there[0]]} --output FILE.beton"
-        )
-    return found
+    is_file = output.suffix == ".beton"
+    if is_file and len(found.splits) > 1:
+        raise ConversionError(f"found the splits {', '.join(found.splits)}; give a folder as --output, not {output}")
+    list_path = (output.parent if is_file else output) / UNREADABLE
+    reasons: dict[Path, str] = {}
+    while True:
+        trees = {split: tree.without(set(reasons)) for split, tree in found.splits.items()}
+        sources = [image_folder(tree, split, resolution) for split, tree in trees.items()]
+        jobs = [(source, output if is_file else output / f"{source.split}.beton") for source in sources]
+        try:
+            stored = [said for _, said in convert_all(jobs, storage)]
+            break
+        except UnreadableError as error:
+            reasons |= error.reasons
+            _list_unreadable(reasons, list_path)
+            if unreadable == "refuse":
+                raise ConversionError(_refusal(reasons, list_path)) from error
+    if reasons:
+        found.left_out[f"files that cannot be read, listed in {list_path}", ""] += len(reasons)
+    else:
+        list_path.unlink(missing_ok=True)  # an earlier attempt's
+    return _summary(found, stored, sum((source.changes for source in sources), Counter()))
 
 
-def scan(root: Path) -> Tree:
-    """Lists the images of one class tree.
+def image_folder(images: Tree | Path, split: str, resolution: int | None = None) -> Source:
+    """The images of one split as a source, the right way up by their EXIF orientation.
 
     Args:
-        root: A folder with one folder per class, each with images at any depth.
-
-    Returns:
-        Classes, files and labels. Hidden and non-image files are skipped and counted.
-
-    Raises:
-        ConversionError: If there are no class folders, a class has no images, or a folder cannot be listed.
-    """
-    skipped: Counter[str] = Counter()
-    classes, paths, labels = [], [], []
-
-    def refuse(error: OSError) -> NoReturn:
-        raise ConversionError(f"cannot list {error.filename}: {error.strerror}") from error
-
-    try:
-        entries = sorted(root.iterdir())
-    except OSError as error:
-        refuse(error)
-    for entry in entries:
-        if entry.name.startswith("."):
-            skipped["hidden"] += 1
-        elif entry.is_dir():
-            classes.append(entry.name)
-        else:
-            skipped["outside a class folder"] += 1
-    if not classes:
-        raise ConversionError(f"{root} has no class folders; expected {root}/CLASS/image.jpg")
-    for label, name in enumerate(classes):
-        for folder, _, files in sorted(os.walk(root / name, onerror=refuse, followlinks=True)):
-            hidden_folder = any(part.startswith(".") for part in Path(folder).relative_to(root).parts)
-            for file in sorted(files):
-                if hidden_folder or file.startswith("."):
-                    skipped["hidden"] += 1
-                elif not file.lower().endswith(EXTENSIONS):
-                    skipped["not an image by its name"] += 1
-                else:
-                    paths.append(Path(folder, file))
-                    labels.append(label)
-    counts = np.bincount(np.array(labels, np.int64), minlength=len(classes))
-    if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        raise ConversionError(
-            f"{root}: no images in class {_some(empty)}; expected files ending in {', '.join(EXTENSIONS)}. "
-            "Add images or remove the folder"
-        )
-    return Tree(tuple(classes), tuple(paths), np.array(labels, np.int64), dict(skipped))
-
-
-def image_folder(root: Path, split: str, resolution: int | None = None) -> Source:
-    """One class tree as a source. EXIF orientation is not applied, as torchvision's ImageFolder does not.
-
-    Args:
-        root: A folder with one folder per class.
+        images: What ``find`` found; or a folder with one folder per class.
         split: Name of the split for the sidecar.
         resolution: Resize the shorter side to this many pixels (bicubic, antialiased) and crop the centre to a
             square; None to store images of one size as they are.
 
     Raises:
-        ConversionError: As ``scan``; from ``chunks`` if images are unreadable, of an unsupported mode, or differ
-            in size and no resolution is given.
+        ConversionError: As ``find``; from ``chunks`` if images differ in size and no resolution is given.
+        UnreadableError: From ``chunks``, if there are unreadable files, with all of them.
     """
     if resolution is not None and resolution < 1:
         raise ConversionError(f"--resolution must be at least 1, got {resolution}")
-    tree = scan(root)
-    folder = root.resolve()
-    description = f"image folder {folder.parent.name}/{folder.name}"
+    tree = scan(images) if isinstance(images, Path) else images
+    description = tree.description
     if resolution is not None:
         description += f", shorter side resized to {resolution} (antialiased bicubic), centre-cropped to a square"
     source = Source(description, split, tree.classes, len(tree.paths), lambda: _chunks(tree, resolution, source))
-    source.notes += [f"{count} files skipped: {kind}" for kind, count in sorted(tree.skipped.items())]
     return source
 
 
+def scan(root: Path) -> Tree:
+    """The images of a folder that is one split.
+
+    Raises:
+        ConversionError: As ``find``, or if it holds several splits.
+    """
+    splits = find(root).splits
+    if len(splits) > 1:
+        raise ConversionError(f"{root} holds the splits {', '.join(splits)}; name one of them")
+    return next(iter(splits.values()))
+
+
 def _chunks(tree: Tree, resolution: int | None, source: Source) -> Iterator[Chunk]:
-    modes: Counter[str] = Counter()
-    bad: list[str] = []
-    enlarged = 0
-    shape: tuple[int, ...] | None = None
+    bad: dict[Path, str] = {}
+    size: tuple[int, ...] | None = None
     start = 0
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for results in map_in_order(pool, lambda path: _load(path, resolution), tree.paths, _CHUNK):
+        for results in map_in_order(pool, lambda path: load(path, resolution), tree.paths, _CHUNK):
+            good = []
             for path, result in zip(tree.paths[start : start + len(results)], results, strict=True):
-                if isinstance(result, str):
-                    bad.append(f"{path}: {result}")
+                if not isinstance(result, Loaded):
+                    if not bad:
+                        tqdm.write(f"cannot read {shown(path)}; searching for others, before storing", file=sys.stderr)
+                    bad[path] = result
                     continue
-                modes[result.mode] += result.mode != "RGB"
-                enlarged += result.is_enlarged
+                good.append(result.pixels)
                 source.lossy |= result.is_lossy
-                shape = shape or result.pixels.shape
-                if result.pixels.shape != shape:
+                source.changes.update(result.changes)
+                if result.pixels.shape[:2] != (size := size or result.pixels.shape[:2]):
                     raise ConversionError(
-                        f"images differ in size: {tree.paths[0]} is {shape[1]} x {shape[0]}, {path} is "
+                        f"images differ in size: {shown(tree.paths[0])} is {size[1]} x {size[0]}, {shown(path)} is "
                         f"{result.pixels.shape[1]} x {result.pixels.shape[0]}; choose one size with --resolution"
                     )
-            if len(bad) >= _MOST_NAMED:
-                break
             labels = tree.labels[start : start + len(results)]
             start += len(results)
-            if not bad:  # after the first bad image the rest is only searched for others
-                yield np.stack([result.pixels for result in results if not isinstance(result, str)]), labels
+            if not bad:
+                yield np.stack(good), labels
     if bad:
-        more = "" if len(bad) < _MOST_NAMED else " (the search stopped here)"
-        listed = "\n  ".join(bad[:_MOST_NAMED])
-        raise ConversionError(f"unreadable images{more}; repair or remove them:\n  {listed}")
-    source.notes += [f"{n} images converted to RGB from mode {mode}" for mode, n in sorted(modes.items()) if n]
-    if enlarged:
-        source.notes.append(f"{enlarged} images were smaller than the resolution and were enlarged")
+        raise UnreadableError(bad)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    pixels: NDArray[np.uint8]
-    mode: str
-    is_lossy: bool
-    is_enlarged: bool
+def _list_unreadable(reasons: dict[Path, str], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", errors="surrogateescape") as stream:
+        stream.writelines(f"{path}\t{reason}\n" for path, reason in reasons.items())
 
 
-def _load(path: Path, resolution: int | None) -> _Loaded | str:
-    """The pixels of one file, or why there are none."""
-    try:
-        with Image.open(path) as image:
-            mode, kind = image.mode, image.format
-            if mode not in ("RGB", *_CONVERTED_MODES) or _is_16_bit(image):
-                return f"mode {mode} with more than 8 bits per channel or of unknown meaning is not supported"
-            # A palette with transparency goes through RGBA: straight to RGB, Pillow warns.
-            rgb = image.convert("RGBA").convert("RGB") if mode in ("P", "PA") else image.convert("RGB")
-        is_enlarged = False
-        if resolution is not None:
-            is_enlarged = min(rgb.size) < resolution
-            rgb = resize_and_crop(rgb, resolution)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        return str(error)
-    return _Loaded(np.asarray(rgb), mode, kind in _LOSSY_FORMATS, is_enlarged)
+def _refusal(reasons: dict[Path, str], file: Path) -> str:
+    listed = "".join(f"\n  {shown(path)}: {reason}" for path, reason in [*reasons.items()][:_MOST_LISTED])
+    more = f"\n  and {len(reasons) - _MOST_LISTED:,} more" if len(reasons) > _MOST_LISTED else ""
+    return (
+        f"{len(reasons):,} unreadable images, and no others:{listed}{more}\nNothing was stored. Repair or remove them "
+        f"(listed in {file}), or leave them out: --unreadable skip"
+    )
 
 
-def _is_16_bit(image: ImageFile.ImageFile) -> bool:
-    """Whether Pillow would cut 16-bit colour to 8 bits on loading; only the decoder's arguments say so."""
-    for tile in image.tile:
-        for argument in tile.args if isinstance(tile.args, tuple) else (tile.args,):
-            if ";16" in str(argument) or (tile.codec_name.startswith("ppm") and argument in range(256, 65536)):
-                return True
-    return False
+def _summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
+    names: dict[str, Counter[str]] = defaultdict(Counter)
+    for (kind, name), number in found.left_out.items():
+        names[kind][name] += number
+    left_out = Counter({_with_names(kind, of_kind): of_kind.total() for kind, of_kind in names.items()})
+    lines = ["stored:", *(f"  {said}" for said in stored)]
+    for heading, counts in (("changed:", changes), ("left out:", left_out)):
+        lines += [heading, *(f"{number:9,} {what}" for what, number in counts.most_common())] if counts else []
+    return "\n".join(lines + (["to know:", *(f"  {remark}" for remark in found.remarks)] if found.remarks else []))
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Resizes the shorter side to ``resolution``, bicubic and antialiased, and crops the centre to a square.
-
-    The same pixels as torchvision's ``Resize(resolution, BICUBIC)`` and ``CenterCrop(resolution)``.
-    """
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter != resolution:
-        width, height = int(resolution * width / shorter), int(resolution * height / shorter)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(map(repr, names[:_MOST_NAMED])) + (f" and {rest} more" if rest > 0 else "")
+def _with_names(kind: str, names: Counter[str]) -> str:
+    """The kind with its commonest names or suffixes after the first part: "videos (.mov 3, .mp4 1): take frames"."""
+    listed = ", ".join(f"{name} {n:,}" if len(names) > 1 else name for name, n in names.most_common(_MOST_NAMED))
+    more = f" and {len(names) - _MOST_NAMED} more kinds" if len(names) > _MOST_NAMED else ""
+    what, colon, way = kind.partition(":")
+    return f"{what} ({listed}{more}){colon}{way}" if listed else kind

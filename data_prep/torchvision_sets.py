@@ -19,7 +19,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
 
 from data_prep.convert import Chunk, ConversionError, Source
-from data_prep.image_folder import resize_and_crop
+from data_prep.read_image import resize_and_crop
 from simclr.host import usable_cores
 
 STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")

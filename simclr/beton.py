@@ -366,6 +366,21 @@ def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return images, layout.labels
 
 
+def image_digests(path: PathLike) -> list[bytes]:
+    """One digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
+
+    Equal images of equal size have equal digests in any two files of one encoding.
+
+    Raises:
+        BetonError: As ``check``.
+    """
+    return [
+        hashlib.blake2b(sample, digest_size=16, usedforsecurity=False).digest()
+        for samples in _chunks(path, check(path))
+        for sample in samples
+    ]
+
+
 Samples = NDArray[np.uint8] | list[bytes]  # raw: (m, h * w * 3); jpeg: m streams
 
 
@@ -451,7 +466,7 @@ class Writer:
         if encoding not in _MODES.values():
             raise BetonError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial = _partial_of(self.path)
         self._encoding: Encoding = encoding
         self._shape = (height, width, 3)
         self._num_images = num_images
@@ -485,6 +500,7 @@ class Writer:
         if not self._committed:  # removed while the lock is held: the next partial file may be another process's
             with suppress(OSError):
                 self._partial.unlink()
+                _partial_of(sidecar_path(self.path)).unlink(missing_ok=True)
         with suppress(OSError):
             self._file.close()
 
@@ -591,23 +607,25 @@ class Writer:
     def commit(self) -> None:
         """Gives the finished file its name and stores its facts, in place of any earlier ones.
 
-        The old sidecar goes first: a crash at any moment leaves a complete file, old or new, and either its own
-        sidecar or none.
+        Both lie on the disk, whole, before anything earlier goes. The old sidecar goes first: a crash at any moment
+        leaves a complete file, old or new, and either its own sidecar or none.
 
         Raises:
-            BetonError: If ``finish`` has not been called, or a file cannot be replaced.
+            BetonError: If ``finish`` has not been called, or a file cannot be written or replaced.
         """
         if self._facts is None:
             raise BetonError(f"{self.path}: commit before finish")
+        sidecar = sidecar_path(self.path)
+        partial_sidecar = _write_facts(self.path, self._facts)
         with self._disk_errors():
-            sidecar_path(self.path).unlink(missing_ok=True)
+            sidecar.unlink(missing_ok=True)
             _sync_folder(self.path.parent)
             if sys.platform == "win32":
                 self._file.close()
             self._partial.replace(self.path)
             self._committed = True
+            partial_sidecar.replace(sidecar)
             _sync_folder(self.path.parent)
-        save_facts(self.path, self._facts)
 
     def _check_free_space(self) -> None:
         height, width, _ = self._shape
@@ -806,19 +824,34 @@ def save_facts(path: PathLike, facts: Facts) -> None:
     """
     check(path, facts)
     target = sidecar_path(path)
-    partial = target.with_name(target.name + ".partial")
+    partial = _write_facts(path, facts)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(facts), file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
+        raise BetonError(explain(error, target)) from error
+
+
+def _write_facts(path: PathLike, facts: Facts) -> Path:
+    """Writes the sidecar of ``path`` under another name, safely on the disk, for renaming; returns that name."""
+    target = sidecar_path(path)
+    partial = _partial_of(target)
+    text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
+    try:
+        with partial.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, UnicodeEncodeError) as error:
         with suppress(OSError):
             partial.unlink()
-        raise BetonError(explain(error, target)) from error
+        if isinstance(error, OSError):
+            raise BetonError(explain(error, target)) from error
+        raise BetonError(
+            f"{target}: {text[error.start - 20 : error.end + 20]!r} is not text that UTF-8 can hold, such as the name "
+            "of a folder in another encoding. Give the classes, source and split other names"
+        ) from error
+    return partial
 
 
 def load_facts(path: PathLike) -> Facts:
@@ -982,6 +1015,10 @@ def _open_exclusively(partial: Path) -> IO[bytes]:
             file.close()
             raise
     return file
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -134,6 +135,7 @@ def load_safely(path: PathLike) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it is missing, damaged, holds anything but plain data, or has another schema.
+        OSError: If it may not be read, which is no damage.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,6 +144,10 @@ def load_safely(path: PathLike) -> dict[str, Any]:
         with path.open("rb") as file:
             _check_seal(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno != errno.EIO:  # no rights, say: it may be intact, and falling back would lose steps
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds for foreign files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
@@ -229,6 +235,10 @@ class CheckpointWriter:
         if self._pending is not None and self._pending.done():
             self.flush()
 
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way to the disk, after waiting for that for a moment."""
+        return self._pending is None or bool(concurrent.futures.wait([self._pending], 0.1).done)
+
     def flush(self) -> None:
         """Wait until all is on the disk. Raises CheckpointError if it could not be written."""
         pending, self._pending = self._pending, None
@@ -256,7 +266,7 @@ class CheckpointWriter:
     ) -> None:
         try:
             self.flush()
-        except CheckpointError as failure:
+        except (ValueError, OSError) as failure:
             if error is None:
                 raise
             error.add_note(f"besides: {failure}")
@@ -320,7 +330,7 @@ def load_newest(folder: PathLike) -> Resumable | None:
             passed_over.append(str(error))
     raise CheckpointError(
         f"{folder} holds a run, but none of its checkpoints is intact: {'; '.join(passed_over)}. To begin anew give "
-        "another --output, or remove these files"
+        "another --output"
     )
 
 
@@ -329,6 +339,9 @@ def load_resumable(path: PathLike) -> dict[str, Any]:
     payload = load_safely(path)
     if set(payload) != _RESUME_KEYS:
         raise CheckpointError(f"{path} cannot be continued from: {_difference(set(payload), _RESUME_KEYS)}")
+    for key in ("step", "epoch"):
+        if type(payload[key]) is not int or payload[key] < 0:
+            raise CheckpointError(f"{path} cannot be continued from: its {key} is {payload[key]!r}")
     return payload
 
 

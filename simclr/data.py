@@ -22,6 +22,7 @@ import functools
 import operator
 import os
 import queue
+import signal
 import sys
 import threading
 import warnings
@@ -249,6 +250,17 @@ def open_images(
         _require_integer("num_workers", num_workers, 1)
     path = Path(path)
     facts = beton.load_facts(path)
+    before = _version(path)
+    source = _open_checked(path, facts, backend, num_workers, torch.device(device))
+    if _version(path) != before:
+        source.close()
+        raise beton.BetonError(f"{path} was changed while it was opened; start again when it is whole")
+    return source
+
+
+def _open_checked(
+    path: Path, facts: Facts, backend: BackendChoice, num_workers: int | None, device: torch.device
+) -> ImageSource:
     if facts.file_bytes <= _CHECKSUM_LIMIT_BYTES:
         facts, checked = beton.verify(path), "checksum verified"
     else:
@@ -259,14 +271,22 @@ def open_images(
     if backend != "memory":
         obstacle = _ffcv_obstacle(facts.encoding)
         if obstacle is None:
-            return _FFCVSource(path, facts, torch.device(device), checked, num_workers)
+            return _FFCVSource(path, facts, device, checked, num_workers)
         if backend == "ffcv":
             raise ValueError(
                 f"{path} cannot be read with FFCV: {obstacle}. Or read it with --loader memory (in Python: "
                 'backend="memory")'
             )
         because = f"because {obstacle}"
-    return _MemorySource(path, facts, torch.device(device), f"{because}; {checked}")
+    return _MemorySource(path, facts, device, f"{because}; {checked}")
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What is another when a file was written to, or another one has taken its name."""
+    if not path.exists():
+        return ()
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class ImageSource(ABC):
@@ -303,6 +323,7 @@ class ImageSource(ABC):
         Raises:
             ValueError: At the call, if an argument is out of range or the plan names an image that the file does
                 not have; at any time, if the source is closed.
+            BetonError: While iterating with FFCV, before a batch that was read after the file was written to.
             RuntimeError: While iterating with FFCV, if its thread fails or this process was forked from the one
                 that opened the source.
         """
@@ -377,7 +398,11 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class _FFCVSource(ImageSource):
-    """FFCV reads and decodes in a background thread; each batch is copied out of its ring of buffers."""
+    """FFCV reads and decodes in a background thread; each batch is copied out of its ring of buffers.
+
+    The file is mapped, not read: what is written to it later would be read as images. So each batch is handed on only
+    if the file, looked at after the batch was read, is as it was when it was opened.
+    """
 
     backend = "ffcv"
 
@@ -390,8 +415,13 @@ class _FFCVSource(ImageSource):
             reason += f" ({num_workers} asked for, {usable} usable)"
         super().__init__(path, facts, device, f"{reason}; {checked}")
         self._process = os.getpid()
+        self._file = path.open("rb")
+        self._as_opened, self._has_name = os.fstat(self._file.fileno()), True
+        _say_at_bus_error(path)
         # Compiled once: the code fits every batch size.
         self._loader = _load_ffcv().make_loader(path, facts.encoding, workers)
+        # Now, rather than with the first batch, when another file may have the name
+        self._loader.memory_manager.context.mmap = np.memmap(self._file, np.uint8, mode="r")
         self._producers: set[Any] = set()
         # Also runs when the interpreter ends, which may abort while such a thread is alive.
         self._stop_producers = weakref.finalize(self, _stop_all, self._producers, self._process)
@@ -403,6 +433,22 @@ class _FFCVSource(ImageSource):
                 f"{self.path} was opened with FFCV by process {self._process} and is used by process {os.getpid()}, "
                 "forked from it: threads do not survive a fork. Open it in the new process, started with the spawn "
                 'method, or open it with --loader memory (in Python: backend="memory")'
+            )
+
+    def _require_unchanged(self) -> None:
+        before, now = self._as_opened, os.fstat(self._file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise beton.BetonError(
+                f"{self.path} was written to after it was opened ({before.st_size} bytes then, {now.st_size} now): "
+                "nothing was done with what has been read since. Put it back as it was, and start again"
+            )
+        if self._has_name and now.st_nlink == 0:
+            self._has_name = False
+            print(
+                f"{self.path} was deleted or replaced: the images that were opened are still there, and are read on. A "
+                "run that is started again needs them, too, and is refused with others",
+                file=sys.stderr,
+                flush=True,
             )
 
     def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:
@@ -422,6 +468,7 @@ class _FFCVSource(ImageSource):
                 label = np.empty((0, 1), np.int64)
                 if len(index):
                     image, label = self._take(producer)
+                    self._require_unchanged()
                 assert len(image) == len(label) == len(index)
                 yield Batch(self._copy(image), self._copy(label).view(-1), torch.from_numpy(index.copy()))
         finally:
@@ -457,6 +504,7 @@ class _FFCVSource(ImageSource):
         super().close()
         self._stop_producers()
         self._loader = None
+        self._file.close()
 
 
 def _stop_all(producers: set[Any], process: int) -> None:
@@ -470,6 +518,42 @@ def _stop_all(producers: set[Any], process: int) -> None:
             while not producer.output_queue.empty():
                 producer.output_queue.get_nowait()
             producer.join(0.01)
+
+
+@functools.cache
+def _bus_error_words() -> tuple[ctypes.Array[ctypes.c_char], Any]:
+    """Return the buffer of the words that this process says before a bus error ends it, and what says them.
+
+    The kernel sends that signal where a page of a mapped file is read that the file has no more. No Python can run
+    there, so the handler is compiled. It gives place to the handler before, and the same instruction fails again.
+    """
+    import numba
+
+    words, libc = ctypes.create_string_buffer(4096), ctypes.CDLL(None)
+    write, strlen, handle = libc.write, libc.strlen, libc.signal
+    write.argtypes, write.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t], ctypes.c_ssize_t
+    strlen.argtypes, strlen.restype = [ctypes.c_size_t], ctypes.c_size_t
+    handle.argtypes, handle.restype = [ctypes.c_int, ctypes.c_size_t], ctypes.c_size_t
+    address, before = ctypes.addressof(words), handle(signal.SIGBUS, 0)
+
+    @numba.cfunc(numba.void(numba.int32))
+    def say(number: int) -> None:
+        write(2, address, strlen(address))
+        handle(number, before)
+
+    handle(signal.SIGBUS, say.address)
+    return words, say
+
+
+def _say_at_bus_error(path: Path) -> None:
+    """Add a file to those that a bus error is likely to come from."""
+    words, _ = _bus_error_words()
+    known = words.value.decode() or (
+        "Bus error. Most likely a file was cut off or written anew while it was read; put it back as it was, and start "
+        "again:\n"
+    )
+    if f" {path}\n" not in known:
+        words.value = f"{known} {path}\n".encode()[: len(words) - 1]
 
 
 def _ffcv_obstacle(encoding: str) -> str | None:

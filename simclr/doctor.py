@@ -33,7 +33,7 @@ from accelerate import PartialState
 
 from simclr import beton, checkpoint, distributed, launch, runlog
 from simclr.data import EpochPlan, open_images
-from simclr.host import usable_cores
+from simclr.host import outlive_readers, usable_cores
 from simclr.models import SimCLR
 from simclr.presets import DEFAULT, PRESETS
 
@@ -268,4 +268,5 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(tyro.cli(Options, prog="python -m simclr.doctor", description=__doc__)))

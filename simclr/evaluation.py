@@ -71,6 +71,12 @@ class Features:
         at = torch.from_numpy(which).to(self.label.device)
         return Features(self.representation[at], self.label[at], self.index[at])
 
+    @staticmethod
+    def joined(parts: Sequence[Features]) -> Features:
+        """Return all rows of the parts, in order."""
+        names = ("representation", "label", "index")
+        return Features(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Features

@@ -123,6 +123,7 @@ def main(options: Options) -> Path:
 
 
 if __name__ == "__main__":
+    host.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.export", description=__doc__))
     except ValueError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -41,6 +43,38 @@ def refusals_explained() -> Iterator[None]:
             raise
         where = "writing" if error.filename is None else error.filename
         raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
+
+
+class _Output(io.FileIO):
+    """A descriptor whose reader may leave: what cannot be written to it is dropped."""
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]  # None where it would have to wait
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let this program go on when nobody takes its output any more: first thing in every program.
+
+    A pipe to `head`, a terminal that was closed, a full disk under a log, `>&-`: what a program does, its files and its
+    exit status do not depend on who watches.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Closed at the start. It gets its number back, before the next file gets it, and lines that are not for it.
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_RDWR), "r+")))
+        elif descriptor and stream is getattr(sys, f"__{name}__"):
+            raw = _Output(descriptor, "w", closefd=False)
+            text = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw),  # as Python does
+                stream.encoding,
+                stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, text)
 
 
 def usable_cores() -> int:

@@ -1,7 +1,7 @@
 """Being asked to stop: signals are noted, not acted upon, so that the run saves and leaves between two steps.
 
-SIGTERM and SIGUSR1 are what schedulers send before they end a job, SIGINT is Ctrl-C. Any of them, on any rank, once or
-several times, means the same.
+SIGTERM and SIGUSR1 are what schedulers send before they end a job, SIGINT is Ctrl-C, SIGHUP a terminal that was closed.
+Any of them, on any rank, once or several times, means the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Launchers do not hand it on; status.json tells the same."""
 
 SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)
 if sys.platform != "win32":  # which has no others
-    SIGNALS += (signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS += (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
@@ -34,9 +34,13 @@ class Signals:
         self.received = 0
 
     def install(self) -> None:
-        """Note signals from now on, to the end of the process: nothing cuts off saving. From the main thread only."""
+        """Note signals from now on, to the end of the process: nothing cuts off saving. From the main thread only.
+
+        SIGHUP stays ignored where it is, which is what `nohup` does.
+        """
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def ignore(self) -> None:
         """Ignore signals from now on: this process is about to end, with a status that none may change."""

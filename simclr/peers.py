@@ -6,6 +6,8 @@ What notices a fault, and when:
     another rank stands still    collectives give up after the timeout
     this rank stands still       its watchdog ends it after the timeout and a few seconds, with all threads' stacks
 
+So it is while training, measuring and saving. A start, with its first step, and a disk have START_SECONDS.
+
 Each rank writes its step into the ranks' common store every second, which is how a survivor can name who is missing.
 """
 
@@ -29,8 +31,8 @@ from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_siz
 from simclr.interruption import Signals
 
 START_SECONDS = 600.0
-"""How long ranks wait for each other, and for themselves, where some may be slow: reading data for the first time,
-compiling, measuring, a checkpoint on a slow disk."""
+"""How long ranks wait for each other, and for themselves, where nothing tells whether work goes on: reading data for
+the first time, compiling, a disk that is asked to have written a checkpoint."""
 
 EXIT_STOOD_STILL = 70
 """Exit status of a rank that its watchdog has ended. EX_SOFTWARE of sysexits.h."""
@@ -98,15 +100,22 @@ class Peers:
         number, asked = divmod(agreed, world_size())
         return signal.Signals(number).name + (f" on rank {asked}" if world_size() > 1 else "")
 
-    @contextlib.contextmanager
-    def patience(self, doing: str) -> Iterator[None]:
-        """Wait longer than between steps, for what all ranks do together and may take minutes."""
-        self._set_limit(START_SECONDS)
+    def working(self, doing: str) -> None:
+        """Tell that ``doing`` goes on, and wait until all ranks have come as far. For long work, after each part."""
         self._tell(doing)
-        yield
         self._channel.meet()
-        self._tell("training")
-        self._set_limit(self._timeout)
+
+    def wait_until(self, is_done: Callable[[], bool], doing: str) -> None:
+        """Wait until ``is_done`` holds on every rank, for up to START_SECONDS, while the ranks stay in touch.
+
+        Args:
+            is_done: Waits for a moment itself. Where it never holds, the watchdog ends the process.
+            doing: What is waited for.
+        """
+        started = time.monotonic()
+        while not all(self._channel.gather(int(is_done()))):
+            if time.monotonic() < started + START_SECONDS:
+                self._tell(doing)
 
     @contextlib.contextmanager
     def explained(self, before_exit: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
@@ -198,13 +207,19 @@ class Peers:
             f"rank {rank()} has stood still for {seconds:.0f} s after step {self._now.step}, {self._now.doing}: "
             "ended by its watchdog (--timeout-seconds)"
         )
-        with contextlib.suppress(Exception):
-            print(f"{message}; its threads, most recent call first:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(all_threads=True)
-        with contextlib.suppress(Exception):
-            self.leave(message)
-        with contextlib.suppress(Exception):
-            self._before_exit(message)
+
+        def tell() -> None:
+            with contextlib.suppress(Exception):
+                print(f"{message}; its threads, most recent call first:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+            with contextlib.suppress(Exception):
+                self.leave(message)
+            with contextlib.suppress(Exception):
+                self._before_exit(message)
+
+        telling = threading.Thread(target=tell, name="telling", daemon=True)
+        telling.start()
+        telling.join(2.0)  # it may be the disk or the reader of the output that stands still
         os._exit(EXIT_STOOD_STILL)
 
     def _report(self) -> None:

@@ -1,12 +1,15 @@
 """What a run writes down: a manifest of facts, one JSON line per measurement, a progress bar, how it stands.
 
 Besides, the lock that keeps a second run out of the folder.
+
+    python -m simclr.runlog results/RUN    # how the run stands, as JSON; a process that was killed is not "running"
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -17,16 +20,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import torch
+import tyro
 from tqdm import tqdm
 
-from simclr.host import usable_cores
+from simclr.host import outlive_readers, usable_cores
 from simclr.interruption import Interrupted
 
 if sys.platform != "win32":
@@ -38,6 +42,10 @@ MANIFEST = "manifest.json"
 STATUS = "status.json"
 LOCK = ".lock"
 State = Literal["running", "interrupted", "finished", "failed"]
+DIED = "died"
+"""What :func:`read_status` says of a run that could not say how it ended: killed, or its disk was full."""
+_FILES_OF_A_RUN = (LOCK, STATUS, MANIFEST, METRICS, "checkpoint_*.pt", "simclr_best_epoch.pt")
+_FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err", "simclr")  # of job scripts, and tensorboard's folder
 _SECRET = re.compile(r"(?:^|[-_.])[a-z0-9]*(?:token|key|password|passwd|secret)s?$", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
@@ -180,11 +188,20 @@ class Status:
 
     {"state": "running", "step": of the newest checkpoint, "total_steps": of the whole run, "reason": why it stands so}
 
-    A run that was killed cannot say so: it stays "running".
+    A run that was killed cannot say so: its file stays at "running". :func:`read_status` knows.
+
+    Args:
+        folder: The run's folder.
+        is_main: Whether this is rank 0.
+        step: Of the newest checkpoint.
+        total_steps: Of the whole run.
+        is_ours: Whether the folder is still this run's; nothing is written to another's.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, step: int, total_steps: int) -> None:
-        self._path, self._is_main = folder / STATUS, is_main
+    def __init__(
+        self, folder: Path, *, is_main: bool, step: int, total_steps: int, is_ours: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._path, self._is_main, self._is_ours = folder / STATUS, is_main, is_ours
         self._step, self._total_steps = step, total_steps
 
     def saved(self, step: int) -> None:
@@ -204,19 +221,48 @@ class Status:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Interrupted):
-            self._write("interrupted", str(error))
-        elif error is not None:
-            self.failed(f"{type(error).__name__}: {error}")
-        elif self._step == self._total_steps:
-            self._write("finished")
-        else:
-            self._write("interrupted", "stop_at_step")
+        try:
+            if isinstance(error, Interrupted):
+                self._write("interrupted", str(error))
+            elif error is not None:
+                self.failed(f"{type(error).__name__}: {error}")
+            elif self._step == self._total_steps:
+                self._write("finished")
+            else:
+                self._write("interrupted", "stop_at_step")
+        except OSError as failure:
+            if error is None:
+                raise
+            error.add_note(f"besides: {self._path} could not be written: {failure}")
 
     def _write(self, state: State, reason: str = "") -> None:
-        if self._is_main:
-            content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
+        if not (self._is_main and self._is_ours()):
+            return
+        content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
+        try:
             write_json(self._path, content)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self._path.exists():
+                raise
+            with self._path.open("r+b") as file:  # a full disk still has the room of the old one
+                file.write(json.dumps(content, indent=2).encode() + b"\n")
+                file.truncate()
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """Return what status.json says, with the state :data:`DIED` where it says "running" and no process holds the lock.
+
+    Raises:
+        ValueError: If there is no status.json, or it cannot be read; the message says so.
+    """
+    path = folder / STATUS
+    try:
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if status["state"] == "running" and _is_free(folder / LOCK):
+            status["state"] = DIED
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} tells nothing of a run: {error!r}") from error
+    return status
 
 
 def saved_step(folder: Path) -> int:
@@ -227,11 +273,55 @@ def saved_step(folder: Path) -> int:
 
 
 class FolderInUseError(ValueError):
-    """Another program trains in this folder."""
+    """Another program trains in this folder, or it holds something else than a run."""
+
+
+def require_run_or_empty(folder: Path) -> None:
+    """Refuse a folder that holds something and no run; logs of the start do not count.
+
+    Raises:
+        FolderInUseError: If so; the message names what is there.
+    """
+    if not folder.exists():
+        return
+    entries = list(folder.iterdir())
+    if any(entry.match(pattern) for entry in entries for pattern in _FILES_OF_A_RUN):
+        return
+    foreign = [entry for entry in entries if not any(entry.match(pattern) for pattern in _FILES_OF_A_START)]
+    if foreign:
+        names = ", ".join(sorted(entry.name for entry in foreign)[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise FolderInUseError(f"{folder} holds no run, but {names}: give an --output that is empty or does not exist")
+
+
+class Lock:
+    """A run's hold of its folder.
+
+    Args:
+        path: The lock's file.
+        file: The same, open; None on ranks that hold no lock, and leave it to rank 0.
+    """
+
+    def __init__(self, path: Path, file: IO[str] | None) -> None:
+        self._path, self._file = path, file
+
+    def is_held(self) -> bool:
+        """Whether the folder is still the one that was locked, not deleted or made anew under the same name."""
+        try:
+            return self._file is None or os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
+    def require_held(self) -> None:
+        """Raise FolderInUseError unless the lock is held."""
+        if not self.is_held():
+            raise FolderInUseError(
+                f"{self._path.parent} was deleted, moved or made anew while this run wrote to it: it may be another "
+                "run's now, so this one ends, and writes nothing there. Start it again with another --output"
+            )
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
+def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     """Make the folder, and keep other runs out of it until the end, however this program ends. Only rank 0 does.
 
     The kernel holds the lock (flock) and gives it up with the process. On NFS it holds between machines where the
@@ -241,7 +331,7 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
         FolderInUseError: If another program holds the lock; the message names it.
     """
     if not is_main:
-        yield
+        yield Lock(folder / LOCK, None)
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
@@ -249,7 +339,7 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
             if sys.platform == "win32":
                 raise OSError("Windows has no flock")
             else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(file)
         except BlockingIOError:
             file.seek(0)
             raise FolderInUseError(
@@ -262,9 +352,32 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
-            yield
+            yield Lock(folder / LOCK, file)
         finally:
             file.truncate(0)
+
+
+def _take(file: IO[str]) -> None:
+    """Lock a file, in spite of somebody who only looks whether it is locked. Raises BlockingIOError if it is."""
+    for _ in range(9):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether no process holds a lock; False where that cannot be known."""
+    if sys.platform == "win32":
+        return False
+    try:
+        with lock.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -283,6 +396,27 @@ def write_json(path: Path, value: Any) -> None:
     _replace_text(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a run's manifest.json; None if there is none.
+
+    Raises:
+        ValueError: If it cannot be read as one; the message says what to do.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["sessions"], list):
+            raise TypeError('"sessions" is no list')
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}. It tells the run's history only: put it back, or move it away to go on "
+            "without that"
+        ) from error
+    return manifest
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out.
 
@@ -290,7 +424,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         ValueError: If another line is no JSON object.
     """
     path = folder / METRICS
-    *texts, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    # Bytes that are no text stay what they are, for the line's number to be named.
+    *texts, _unfinished = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
@@ -355,3 +490,11 @@ def _cpu_info(field: str) -> str:
             if name.strip() == field:
                 return value.strip()
     return ""
+
+
+if __name__ == "__main__":
+    outlive_readers()
+    try:
+        print(json.dumps(read_status(tyro.cli(Path, prog="python -m simclr.runlog", description=__doc__)), indent=2))
+    except ValueError as error:
+        sys.exit(f"simclr.runlog: {error}")

@@ -37,8 +37,16 @@ tell_training_to_stop() {
 # job FIELD: JobState and the like, as SLURM knows them.
 job() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*\<$1=\([^ ]*\).*/\1/p"; }
 
-# status FIELD: "state" or "step" of the run; nothing before its first status.json.
+# status FIELD: "state" or "step" in status.json; nothing before its first status.json.
 status() { sed -n '/null/d; s/^ *"'"$1"'": *"\{0,1\}\([a-z0-9]*\).*/\1/p' "$run/status.json" 2> /dev/null || true; }
+
+# How the run stands. One that was killed could not say so; but it holds the folder's lock no more.
+state() {
+    local state
+    state=$(status state)
+    [ "$state" != running ] || ! flock --shared --nonblock "$run/.lock" true || state=died
+    echo "$state"
+}
 
 # Whether the job lost its place, rather than failed. Preemption signals the step alone, not this script.
 is_preempted() { [ "$is_told_to_stop" = 1 ] || [[ $(job PreemptTime) == [0-9]* ]]; }
@@ -80,7 +88,7 @@ is_submitted=$((${SLURM_RESTART_COUNT:-0} == 0))
 # Ends the job, for now or for good; comes back if training is to be started again at once, on the same nodes.
 judge_attempt() {
     local state step
-    state=$(status state) step=$(status step)
+    state=$(state) step=$(status step)
     if [ "$state" = finished ]; then
         echo "finished: step $step"
         exit 0

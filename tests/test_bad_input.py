@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from torchvision import datasets
 import linear_probe
 import train_simclr
 from data_prep import __main__ as data_prep
-from simclr import beton, checkpoint, host
+from simclr import beton, checkpoint, host, runlog
 from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
 from simclr.data import open_images
@@ -172,6 +173,20 @@ def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
         assert refused(damaged), what
 
 
+def test_a_file_that_changes_while_it_is_opened_is_refused(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = beton.verify
+
+    def verified_and_replaced(path: Path) -> beton.Facts:
+        facts = verify(path)
+        shutil.copy(path, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        return facts
+
+    monkeypatch.setattr(beton, "verify", verified_and_replaced)
+    with pytest.raises(BetonError, match="was changed while it was opened"):
+        open_images(damaged, backend="memory")
+
+
 # ------------------------------------------------------------------------------------------- rights, full disks
 
 
@@ -271,6 +286,46 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
     assert '"state": "finished"' in again
 
 
+LOG_AND_STATUS_ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from simclr import host
+from simclr.runlog import RunLog, Status
+folder = Path(sys.argv[1])
+with host.refusals_explained(), Status(folder, is_main=True, step=3, total_steps=99):
+    with RunLog(folder, is_main=True, total_steps=99) as log:
+        with open(folder / "other", "wb") as other:
+            try:
+                while True: other.write(bytes(4096)); other.flush()
+            except OSError: pass
+        for step in range(9999):
+            log.write("train", step=step, loss=0.5)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
+def test_a_disk_without_any_room_still_takes_the_end_state(tmp_path: Path) -> None:
+    mounted = f'mount -t tmpfs -o size=256k none "{tmp_path}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    script = f'{mounted}; "{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", LOG_AND_STATUS_ON_A_FULL_DISK],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "RefusedError: writing: No space left on device: the disk is full" in done.stderr
+    assert json.loads(done.stdout) == {
+        "state": "failed",
+        "step": 3,
+        "total_steps": 99,
+        "reason": "OSError: [Errno 28] No space left on device",
+    }
+
+
 # ---------------------------------------------------------------------------------------------- what does not fit
 
 
@@ -289,6 +344,54 @@ def test_a_checkpoint_whose_configuration_cannot_be_read_is_refused(images: Path
     checkpoint.save_atomically(folder / checkpoint.BEST, payload | {"config": text})
     with pytest.raises(checkpoint.CheckpointError, match=checkpoint.BEST):
         checkpoint.load_pretrained(folder)
+
+
+def test_a_step_that_the_run_cannot_have_reached_is_refused(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    last = train(config) / checkpoint.LAST
+    payload = checkpoint.load_resumable(last)
+    for changes, message in (
+        (
+            {"step": 1_000_000},
+            r"is of step 1000000, and the run has 4 steps: it is of another run\. Give more --epochs",
+        ),
+        ({"step": 2}, "is of step 2 and epoch 1, but at 4 steps per epoch that is epoch 0"),
+        ({"step": "4"}, "its step is '4'"),
+        ({"epoch": -1}, "its epoch is -1"),
+    ):
+        checkpoint.save_atomically(last, payload | changes)
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            train(config)
+
+
+def test_a_damaged_manifest_is_named_and_what_to_do(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    manifest = train(config) / "manifest.json"
+    for damage in ("", "[]", '{"sessions": 1}', "\udcff"):
+        manifest.write_bytes(damage.encode(errors="surrogateescape"))
+        for attempt in (lambda: train(config), lambda: linear_probe.pretraining_records(config.folder)):
+            with pytest.raises(ValueError, match=rf"{manifest} is damaged: .*move it away to go on without"):
+                attempt()
+    manifest.unlink()
+    train(config)
+    assert len(json.loads(manifest.read_text())["sessions"]) == 1
+
+
+def test_a_folder_of_other_things_is_no_output_and_stays_as_it_is(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "home"
+    output.mkdir()
+    for name in ("job.log", "slurm-7-node0.log", "attempts"):  # what the start of a run itself leaves there
+        (output / name).touch()
+    runlog.require_run_or_empty(output)
+    (output / "thesis.tex").touch()
+    before = sorted(output.iterdir())
+    with pytest.raises(ValueError, match=r"home holds no run, but thesis\.tex: give an --output that is empty"):
+        train(settings(images, output))
+    assert sorted(output.iterdir()) == before
+    (output / "thesis.tex").unlink()
+    train(settings(images, output))
+    (output / "notes.txt").touch()  # beside a run everything is welcome
+    train(settings(images, output))
 
 
 # ------------------------------------------------------------------------------------------------------ security

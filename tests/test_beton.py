@@ -499,16 +499,59 @@ def test_a_crash_between_file_and_sidecar_is_noticed(tmp_path: Path, monkeypatch
     path = tmp_path / "a.beton"
     beton.write(path, *make_arrays(seed=1))
     images, labels = make_arrays(seed=2)
+    rename = Path.replace
 
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
+    def crash(self: Path, target: Path) -> Path:
+        if target == beton.sidecar_path(path):
+            raise KeyboardInterrupt
+        return rename(self, target)
 
-    monkeypatch.setattr(beton, "save_facts", crash)
+    monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         beton.write(path, images, labels)
     np.testing.assert_array_equal(beton.read(path)[0], images)
     with pytest.raises(BetonError, match=r"no such file.*python -m data_prep"):
         beton.load_facts(path)
+
+
+@pytest.mark.parametrize("broken", ["name", "disk"])
+def test_a_sidecar_that_cannot_be_written_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = tmp_path / "a.beton"
+    old = beton.write(path, *make_arrays(seed=1))
+    classes, message = [str(i) for i in range(10)], "disk that holds"
+    if broken == "name":
+        classes[3], message = os.fsdecode(b"caf\xe9"), r"caf\\udce9.*is not text that UTF-8 can hold"
+    else:
+        open_file = Path.open
+
+        def full(self: Path, *arguments: Any, **options: Any) -> Any:
+            if self.name == "a.beton.json.partial":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return open_file(self, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(BetonError, match=message):
+        beton.write(path, *make_arrays(seed=2), classes=classes)
+    monkeypatch.undo()
+    assert beton.verify(path) == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
+
+
+@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
+def test_equal_images_and_no_others_have_equal_digests(tmp_path: Path, encoding: beton.Encoding) -> None:
+    images, labels = make_arrays(300)
+    images[[7, 250]] = images[3]
+    images[9] = images[3]
+    images[9, 31, 31, 2] ^= 128
+    beton.write(tmp_path / "a.beton", images, labels, encoding=encoding)
+    order = np.random.default_rng(1).permutation(300)[:90]
+    beton.write(tmp_path / "b.beton", images[order], labels[order] * 0, encoding=encoding)
+    first, second = beton.image_digests(tmp_path / "a.beton"), beton.image_digests(tmp_path / "b.beton")
+    assert second == [first[i] for i in order]
+    assert first[3] == first[7] == first[250]
+    assert len(set(first)) == 298
 
 
 WRITE_FOREVER = """

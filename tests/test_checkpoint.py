@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import pickle
 import re
@@ -469,6 +470,31 @@ def test_any_damage_to_any_file_is_noticed_and_the_newest_intact_one_is_used(
     damage(tmp_path / checkpoint.BEST)
     with pytest.raises(CheckpointError):
         load_pretrained(tmp_path)
+
+
+def test_what_may_not_be_read_is_neither_called_damaged_nor_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_steps(tmp_path, 4, 8)
+    last, opened = tmp_path / checkpoint.LAST, Path.open
+
+    def failing(number: int) -> Callable[..., Any]:
+        """What a disk or a user without rights meets, whatever user runs this test."""
+
+        def fail(path: Path, *arguments: Any) -> Any:
+            if path == last:
+                raise OSError(number, os.strerror(number), str(path))
+            return opened(path, *arguments)
+
+        return fail
+
+    monkeypatch.setattr(Path, "open", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        load_newest(tmp_path)
+    monkeypatch.setattr(Path, "open", failing(errno.EIO))  # a disk that fails has lost it
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert (found.payload["step"], found.passed_over) == (4, (f"{last} cannot be read: Input/output error",))
 
 
 def test_what_was_passed_over_is_replaced_and_what_was_continued_from_stays(tmp_path: Path) -> None:

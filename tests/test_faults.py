@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +31,13 @@ from torch import Tensor
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import checkpoint, memory, peers, runlog
+from simclr import beton, checkpoint, memory, peers, runlog
+from simclr.beton import sidecar_path
 from simclr.config import OptimizerConfig, TrainConfig
 from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
 from simclr.finite import Guard
-from simclr.interruption import EXIT_SAVED, SIGNALS
+from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
 from tests.helpers import forget_accelerate_state
@@ -40,6 +49,8 @@ STEPS = 4
 EPOCHS = 8
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 KILLED = -signal.SIGKILL
+ROOT = Path(__file__).parents[1]
+needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV maps its file; it is not here")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +196,7 @@ def test_a_run_killed_anywhere_and_started_again_gives_the_same_weights_and_metr
 def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_status_75(
     images: Path, tmp_path: Path
 ) -> None:
-    whole = settings(images, tmp_path / "whole", epochs=20, knn_every_epochs=0)
+    whole = settings(images, tmp_path / "whole", epochs=25, knn_every_epochs=0)
     config = dataclasses.replace(whole, output=tmp_path / "run")
     finish(whole, 2, tmp_path / "logs")
     step = 0
@@ -213,7 +224,7 @@ def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_sta
                 )
                 assert found["reason"] in output
     finish(config, 2, tmp_path / "logs")
-    assert status(config) == {"state": "finished", "step": 80, "total_steps": 80, "reason": ""}
+    assert status(config) == {"state": "finished", "step": 100, "total_steps": 100, "reason": ""}
     assert is_equal(weights(config), weights(whole))
     assert lines(config) == lines(whole)
 
@@ -311,6 +322,89 @@ def test_a_rank_that_stands_still_is_ended_by_its_watchdog_with_all_stacks(image
     finish(config, 1, tmp_path / "logs")
 
 
+def stand_still_within(module: str, function: str, how: Callable[[], object], rank_struck: int, rank: int) -> None:
+    """One rank stands still when a function is called."""
+    if rank == rank_struck:
+        replace(importlib.import_module(module), function, lambda *arguments, **more: how())
+
+
+def stop_itself() -> None:
+    """As SIGSTOP from outside, which its watchdog cannot notice either. Before, it has told what it does."""
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "doing"),
+    [
+        ("simclr.evaluation", "extract_features", "measuring kNN accuracy"),
+        ("simclr.evaluation", "knn_predict", "measuring kNN accuracy"),
+        ("simclr.checkpoint", "resumable_payload", "saving"),
+    ],
+)
+def test_a_rank_that_stands_still_between_steps_is_ended_within_the_timeout_and_5_seconds(
+    images: Path, tmp_path: Path, module: str, function: str, doing: str
+) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=2.0, checkpoint_every_steps=4, knn_every_epochs=1)
+    prepare = functools.partial(stand_still_within, module, function, functools.partial(time.sleep, 1000), 0)
+    with ranks(config, 1, tmp_path / "logs", prepare) as running:
+        wait_for_step(running, config, 4)
+        started = time.monotonic()
+        assert running.wait(2 + 5) == [peers.EXIT_STOOD_STILL], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        assert re.search(rf"rank 0 has stood still for \d s after step 4, {doing}", running.output(0))
+    assert status(config)["state"] == "failed"
+
+
+@pytest.mark.distributed
+def test_a_rank_that_is_stopped_while_knn_is_measured_is_noticed_within_the_timeout_and_5_seconds(
+    images: Path, tmp_path: Path
+) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=2.0, knn_every_epochs=1)
+    prepare = functools.partial(stand_still_within, "simclr.evaluation", "knn_predict", stop_itself, 1)
+    with ranks(config, 2, tmp_path / "logs", prepare) as running:
+        wait_for_step(running, config, 4)
+        started = time.monotonic()
+        assert running.wait(2 + 5, (0,)) == [1], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.1f} s")
+        assert "rank 1 is dead or stopped: last heard of at step 4, measuring kNN accuracy" in running.output(0)
+
+
+def very_slow_disk(seconds: float, rank: int) -> None:
+    """The second time that the disk is asked to be done, it takes long."""
+    fsync, calls = os.fsync, itertools.count()
+
+    def slow(descriptor: int) -> None:
+        time.sleep(seconds if next(calls) == 1 else 0)
+        fsync(descriptor)
+
+    replace(os, "fsync", slow)
+
+
+@pytest.mark.distributed
+def test_a_disk_that_takes_longer_than_the_timeout_is_waited_for_on_all_ranks(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=1.0, stop_at_step=6)
+    with ranks(config, 2, tmp_path / "logs", functools.partial(very_slow_disk, 7.0)) as running:
+        started = time.monotonic()
+        assert running.wait() == [0, 0], running.output(0)
+        assert time.monotonic() - started > 7
+    assert status(config)["step"] == 6
+
+
+def dead_disk(rank: int) -> None:
+    """A disk that never answers, neither the checkpoint nor the watchdog's words, and less patience."""
+    replace(peers, "START_SECONDS", 1.0)
+    replace(runlog.Status, "failed", lambda *arguments: time.sleep(1000))
+    very_slow_disk(1000.0, rank)
+
+
+def test_a_disk_that_never_answers_ends_the_run(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", timeout_seconds=1.0)
+    with ranks(config, 1, tmp_path / "logs", dead_disk) as running:
+        assert running.wait() == [peers.EXIT_STOOD_STILL], running.output(0)
+        assert re.search(r"rank 0 has stood still for \d s after step 4, waiting for the disk", running.output(0))
+
+
 def test_a_process_that_was_stopped_and_goes_on_is_not_taken_for_one_that_stands_still(
     images: Path, tmp_path: Path
 ) -> None:
@@ -368,6 +462,222 @@ def own_folder(rank: int) -> None:
     """Rank 1 sees no checkpoint, as on a machine with a disk of its own."""
     if rank == 1:
         replace(train_simclr, "resume", lambda *arguments: train_simclr.Progress())
+
+
+# ------------------------------------------------------------------------------------------ the data file
+
+
+def own_copy(images: Path, folder: Path) -> Path:
+    """A data file that a test may spoil."""
+    folder.mkdir(exist_ok=True)
+    for source in (images, sidecar_path(images)):
+        shutil.copy(source, folder / source.name)
+    return folder / images.name
+
+
+def overwrite(path: Path) -> None:
+    """In place, as `cp` does it, with a file as long; a little later, so that some steps are taken before."""
+    with path.open("r+b") as file:
+        file.seek(1 << 21)
+        file.write(bytes(100 * 32 * 32 * 3))
+
+
+def replace_file(path: Path) -> None:
+    """As data_prep writes: a new file takes the name."""
+    shutil.copy(path, path.with_suffix(".new"))
+    overwrite(path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+@needs_ffcv
+@pytest.mark.parametrize("change", [overwrite, os.utime])
+def test_images_that_are_overwritten_are_not_trained_on(
+    images: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    data = own_copy(images, tmp_path / "data")
+    changes: dict[str, Any] = {"loader": "ffcv", "checkpoint_every_steps": 1, "knn_every_epochs": 0}
+    config = settings(data, tmp_path / "run", epochs=10_000, **changes)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        change(data)
+        started, before = time.monotonic(), steps_logged(config)
+        assert running.wait(5) == [1], running.output(0)
+        print(f"noticed after {time.monotonic() - started:.2f} s and {steps_logged(config) - before} steps")
+        assert f"{data} was written to after it was opened" in running.output(0)
+        assert "Traceback" not in running.output(0)
+    step = status(config)["step"]
+    assert status(config)["state"] == "failed"
+    assert step == steps_logged(config) >= 10  # nothing is lost but the step that was not taken
+    good = settings(images, tmp_path / "good", epochs=10_000, stop_at_step=step, **changes)
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+
+
+@needs_ffcv
+def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others_are_refused_afterwards(
+    images: Path, tmp_path: Path
+) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", loader="ffcv", epochs=1000, knn_every_epochs=0, stop_at_step=40)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        replace_file(data)
+        assert running.wait() == [0], running.output(0)
+        assert running.output(0).count(f"{data} was deleted or replaced") == 1
+    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+    with pytest.raises(ValueError, match=r"train\.beton: its sha256 is"):
+        train_here(dataclasses.replace(config, stop_at_step=50))
+
+
+@needs_ffcv
+def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images: Path, tmp_path: Path) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", loader="ffcv", epochs=10_000, knn_every_epochs=0)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        os.truncate(data, 100)
+        started = time.monotonic()
+        (code,) = running.wait(5)
+        print(f"noticed after {time.monotonic() - started:.2f} s, by status {code}")
+        output = running.output(0)
+    # Which comes first is left to chance: FFCV reads ahead, and where there are no pages any more the kernel ends it.
+    if code == 1:
+        assert f"{data} was written to after it was opened" in output
+        assert runlog.read_status(config.folder)["state"] == "failed"
+    else:
+        assert code == -signal.SIGBUS
+        assert output.endswith(
+            f"Most likely a file was cut off or written anew while it was read; put it back as it was, and start "
+            f"again:\n {data}\n"
+        )
+        assert status(config)["state"] == "running"
+        assert runlog.read_status(config.folder)["state"] == runlog.DIED
+    shutil.copy(images, data)
+    finish(dataclasses.replace(config, stop_at_step=20), 1, tmp_path / "logs")
+
+
+READ_WHAT_IS_GONE = """
+import os, sys
+import numpy as np
+from simclr.data import EpochPlan, open_images
+path, other = sys.argv[1:]
+plan = EpochPlan(np.arange(100), 10, shuffle=False)
+with open_images(path, backend="memory") as source:
+    expected = [batch.image.numpy() for batch in source.batches(plan)]
+with open_images(path, backend="ffcv") as source:
+    os.replace(other, path)  # before the first batch is read
+    assert all(np.array_equal(batch.image, pixels) for batch, pixels in zip(source.batches(plan), expected))
+os.replace(other + ".json", path + ".json")
+with open_images(path, backend="ffcv") as source:
+    source._require_unchanged = lambda: None
+    os.truncate(path, 100)
+    list(source.batches(plan))
+"""
+
+
+@needs_ffcv
+def test_a_bus_error_names_the_file_and_another_file_of_the_name_is_not_read(images: Path, tmp_path: Path) -> None:
+    data, other = own_copy(images, tmp_path), own_copy(images, tmp_path / "other")
+    beton.write(other, np.zeros((100, 32, 32, 3), np.uint8), np.zeros(100, np.int64))
+    command = [sys.executable, "-c", READ_WHAT_IS_GONE, str(data), str(other)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    assert "was deleted or replaced" in done.stderr
+    assert done.stderr.endswith(f"put it back as it was, and start again:\n {data}\n")
+
+
+def test_images_in_memory_are_those_that_were_there_at_the_start(images: Path, tmp_path: Path) -> None:
+    data = own_copy(images, tmp_path / "data")
+    config = settings(data, tmp_path / "run", epochs=1000, knn_every_epochs=0, stop_at_step=40)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        overwrite(data)
+        assert running.wait() == [0], running.output(0)
+    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
+    finish(good, 1, tmp_path / "logs")
+    assert is_equal(weights(config), weights(good))
+
+
+# ------------------------------------------------------------------------------------------ the run's folder
+
+
+def test_a_folder_that_was_deleted_and_made_anew_is_left_to_whom_it_belongs(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run", epochs=10_000, checkpoint_every_steps=20, knn_every_epochs=0)
+    with ranks(config, 1, tmp_path / "logs") as running:
+        wait_for_step(running, config, 10)
+        shutil.rmtree(config.folder)
+        with runlog.locked(config.folder, is_main=True):  # another run's
+            started = time.monotonic()
+            assert running.wait(30) == [1], running.output(0)
+            print(f"noticed after {time.monotonic() - started:.2f} s")
+        assert f"{config.folder} was deleted, moved or made anew while this run wrote to it" in running.output(0)
+        assert "Traceback" not in running.output(0)
+    assert [path.name for path in config.folder.iterdir()] == [runlog.LOCK]
+
+
+# ------------------------------------------------------------------------------------------ who reads the output
+
+
+WORDS = ["demo", "--model.encoder", "small_resnet_w8", "--global-batch-size", "24", "--num-validation", "0"]
+WORDS += ["--loader", "memory", "--views", "torch", "--log-every-steps", "1", "--checkpoint-every-epochs", "100000"]
+
+
+def command(images: Path, folder: Path, epochs: int) -> list[str]:
+    more = ["--data", str(images), "--output", str(folder), "--epochs", str(epochs)]
+    return [sys.executable, "train_simclr.py", *WORDS, *more]
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 1", ">&- 2>&- <&-", ">/dev/full 2>/dev/full"])
+def test_training_goes_on_when_nobody_reads_its_output(images: Path, tmp_path: Path, redirection: str) -> None:
+    script = f"set -o pipefail; {shlex.join(command(images, tmp_path / 'run', 1))} {redirection}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert runlog.read_status(tmp_path / "run")["state"] == "finished"
+    assert len(runlog.read_metrics(tmp_path / "run")) == 4
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid, to give a process a terminal of its own")
+def test_a_run_whose_terminal_is_closed_saves_every_step(images: Path, tmp_path: Path) -> None:
+    config = settings(images, tmp_path / "run")
+    words = ["setsid", "--ctty", *command(images, config.folder, 100_000)]
+    terminal, inside = os.openpty()
+    os.set_blocking(terminal, False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, whose children inherit it
+    running = subprocess.Popen(words, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside)
+    signal.signal(signal.SIGHUP, before)
+    try:
+        os.close(inside)
+        deadline = time.monotonic() + 60
+        while steps_logged(config) < 10:
+            with contextlib.suppress(BlockingIOError):
+                os.read(terminal, 1 << 16)
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.close(terminal)
+        started = time.monotonic()
+        assert running.wait(20) == EXIT_SAVED
+        print(f"ended after {time.monotonic() - started:.2f} s")
+    finally:
+        running.kill()
+        running.wait()
+    found = runlog.read_status(config.folder)
+    assert (found["state"], found["step"]) == ("interrupted", steps_logged(config))
+    assert found["reason"].startswith("SIGHUP: saved after step ")
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in SIGNALS if number != signal.SIGHUP}
+    try:
+        Signals().install()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number, handler in others.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------ not finite

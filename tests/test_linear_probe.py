@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import linear_probe
 from simclr import beton, checkpoint, evaluation
 from simclr.config import ProbeConfig, TrainConfig, to_json
-from simclr.data import validation_split
+from simclr.data import open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
 
 SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
@@ -320,7 +320,46 @@ def test_data_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> None:
     refused(settings(place, out, test=tmp_path / "half.beton"), r"has 30 images without a label.*--test")
     write(tmp_path / "renamed.beton", NUM_TEST, seed=1, classes=("red", "green", "cyan"))
     refused(settings(place, out, test=tmp_path / "renamed.beton"), r"classes differ.*'blue'.*'cyan'")
-    refused(settings(place, out, test=train), "holds the same images")
+    write(tmp_path / "one.beton", NUM_TEST, seed=1, labels=np.zeros(NUM_TEST, int), classes=("red",))
+    refused(settings(place, out, test=tmp_path / "one.beton"), "one class only, 'red'.*--test")
+    refused(settings(place, out, test=train), r"120 of the 120 test images \(100.0 %\) .* are also training images")
+
+
+def test_training_images_among_the_test_images_are_counted_and_too_many_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_on, labels = beton.read(place / "data" / "train.beton")
+    images, test_labels = coloured(NUM_TEST, seed=1)
+    for number in (6, 7):  # of 60: 10 % pass
+        images[::-1][:number], test_labels[::-1][:number] = trained_on[90 : 90 + number], labels[90 : 90 + number]
+        beton.write(tmp_path / f"{number}.beton", images, test_labels, classes=CLASSES)
+    refused(settings(place, tmp_path / "out", test=tmp_path / "7.beton"), r"7 of the 60 test images \(11.7 %\)")
+    report = linear_probe.main(settings(place, tmp_path / "out", test=tmp_path / "6.beton", baselines=False, epochs=1))
+    said = "6 of the 60 test images (10.0 %) are also training images, pixel by pixel."
+    assert said in report.with_name("report.md").read_text()
+    assert said in capsys.readouterr().out
+
+
+def test_a_subset_of_the_pretraining_images_is_not_called_other_images(place: Path, tmp_path: Path) -> None:
+    images, labels = beton.read(place / "data" / "train.beton")
+    pretrained = checkpoint.load_pretrained(place / "run")
+
+    def notes(name: str, images: NDArray[np.uint8]) -> str:
+        beton.write(tmp_path / name, images, labels[: len(images)], classes=CLASSES)
+        config = settings(place, None, train=tmp_path / name, num_validation=20)
+        with (
+            open_images(tmp_path / name, backend="memory") as train,
+            open_images(place / "data" / "test.beton", backend="memory") as test,
+        ):
+            return "\n".join(linear_probe.check_data(config, pretrained, train, test))
+
+    subset = notes("subset.beton", images[40:100][::-1].copy())
+    assert "all 60 are among pretraining's 120" in subset
+    assert "Transfer" not in subset
+    images[3] ^= 1
+    assert "Transfer: measured on other images than pretrained on, but for 59 of 60" in notes(
+        "other.beton", images[:60]
+    )
 
 
 def test_settings_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> None:

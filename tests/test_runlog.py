@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,11 +95,12 @@ def test_seconds_go_on_after_a_resume(tmp_path: Path) -> None:
     assert 1000.5 <= read_metrics(tmp_path)[-1]["seconds"] < 1100
 
 
-@pytest.mark.parametrize("damage", ['{"kind": "st', "", "[1, 2]", "\0\0\0"])
+@pytest.mark.parametrize("damage", ['{"kind": "st', "", "[1, 2]", "\0\0\0", "\udcff"])
 def test_a_damaged_line_in_the_middle_raises(tmp_path: Path, damage: str) -> None:
     write_steps(tmp_path, 0, 2)
     lines = (tmp_path / METRICS).read_text().splitlines()
-    (tmp_path / METRICS).write_text("\n".join([lines[0], damage, lines[1], ""]))
+    text = "\n".join([lines[0], damage, lines[1], ""])
+    (tmp_path / METRICS).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=rf"{METRICS}, line 2 is .*remove the line to go on"):
         read_metrics(tmp_path)
 
@@ -252,6 +255,62 @@ def test_the_status_tells_how_a_run_stands(
             raise error
     assert status(tmp_path) == {"state": state, "step": last_step, "total_steps": 9, "reason": reason}
     assert runlog.saved_step(tmp_path) == last_step
+
+
+def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) -> None:
+    with (
+        runlog.locked(tmp_path, is_main=True),
+        suppress(KeyError),
+        Status(tmp_path, is_main=True, step=2, total_steps=9),
+    ):
+        told = runlog.read_status(tmp_path)
+        assert told == status(tmp_path) == {"state": "running", "step": 2, "total_steps": 9, "reason": ""}
+        killed = (tmp_path / runlog.STATUS).read_text()
+        raise KeyError
+    assert runlog.read_status(tmp_path)["state"] == "failed"
+    (tmp_path / runlog.STATUS).write_text(killed)  # as the process would have left it, had it been killed
+    assert runlog.read_status(tmp_path) == told | {"state": runlog.DIED}
+    root = Path(__file__).parent.parent
+    words = [sys.executable, "-m", "simclr.runlog", str(tmp_path)]
+    shown = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert json.loads(shown) == told | {"state": runlog.DIED}
+    for damage in ("", "{}", "[]"):
+        (tmp_path / runlog.STATUS).write_text(damage)
+        with pytest.raises(ValueError, match=r"status\.json tells nothing of a run"):
+            runlog.read_status(tmp_path)
+
+
+def test_looking_at_a_run_does_not_keep_one_from_starting(tmp_path: Path) -> None:
+    looking, looked = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with (tmp_path / runlog.LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            looking.set()
+            looked.wait(0.1)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    looking.wait()
+    with runlog.locked(tmp_path, is_main=True):
+        pass
+    thread.join()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_nothing_is_written_to_a_folder_that_is_another_one_now(tmp_path: Path, anew: bool) -> None:
+    folder = tmp_path / "run"
+    with runlog.locked(folder, is_main=True) as lock:
+        with Status(folder, is_main=True, step=2, total_steps=9, is_ours=lock.is_held) as kept:
+            lock.require_held()
+            folder.rename(tmp_path / "elsewhere")
+            if anew:
+                folder.mkdir()
+                (folder / runlog.LOCK).touch()
+            with pytest.raises(ValueError, match="run was deleted, moved or made anew while this run wrote to it"):
+                lock.require_held()
+            kept.saved(5)
+        assert not (folder / runlog.STATUS).exists()
 
 
 def test_other_ranks_write_no_status_and_hold_no_lock(tmp_path: Path) -> None:

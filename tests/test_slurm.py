@@ -152,6 +152,8 @@ KILL_JOB = "kill -KILL $PPID"  # as SLURM does when a node is lost
         # A job that SLURM itself kills and requeues cannot decide anything, but counts
         ([f"status running 0; {KILL_JOB}"] * 3, [T, T, T], 1, "3 attempts in a row"),
         ([f"status running {step}; {KILL_JOB}" for step in range(1, 6)] + ["status finished 90"], [T] * 6, 0, ""),
+        # What is killed leaves "running" behind, and the lock free
+        (["status running 0; kill -KILL $$"] * 3, [T, R, T, R, T], 1, "ended: state died, step 0, status 137"),
         # What training refuses at first it would refuse again; later a node may be to blame
         (["echo refused; exit 1"], [T], 1, "training did not begin; the reason is in"),
         (["status failed 5; exit 1", "exit 1", "status finished 90"], [T, T, R, T], 0, "finished"),
