@@ -893,7 +893,7 @@ def write_manifest(
             **session,
             "config": json.loads(to_json(config)),
             "facts": json.loads(to_json(source.facts)),
-            "sessions": [*(before["sessions"] if before else []), session],
+            "sessions": [*(before or {}).get("sessions", []), session],
         },
     )
 
