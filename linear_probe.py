@@ -70,8 +70,8 @@ def main(config: ProbeConfig) -> Path:
         open_images(train_path, backend=config.loader, device=device) as train,
         open_images(test_path, backend=config.loader, device=device) as test,
     ):
+        sizes = choose_sizes(config, pretrained, train)  # first, as it reads no image
         notes = check_data(config, pretrained, train, test)
-        sizes = choose_sizes(config, pretrained, train)
         config = dataclasses.replace(config, **sizes._asdict())
         fit, validation = validation_split(train.facts.num_images, sizes.num_validation)
         task = Task(config, pretrained, train, test, fit, validation, sizes.knn_neighbours, device)

@@ -453,7 +453,7 @@ def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
     The mean cosine similarity of the two views of an image; and the mean standard deviation of a coordinate of the
     normalised projection times sqrt(d), which is 0 when all are equal and near 1 when they point everywhere.
     """
-    unit_1, unit_2 = (unit_rows(z.float())[0] for z in (z1, z2))
+    unit_1, unit_2 = (unit_rows(z.float()) for z in (z1, z2))
     spread = unit_1.std(dim=0, correction=0).mean() * unit_1.shape[1] ** 0.5
     return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
 
@@ -895,7 +895,7 @@ def write_manifest(
             **session,
             "config": json.loads(to_json(config)),
             "facts": json.loads(to_json(source.facts)),
-            "sessions": [*(before["sessions"] if before else []), session],
+            "sessions": [*(before or {}).get("sessions", []), session],
         },
     )
 

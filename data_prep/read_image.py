@@ -69,6 +69,10 @@ def readable_suffixes() -> frozenset[str]:
     """Endings of file names, in lower case, of formats that Pillow reads here; HEIF too where pillow-heif is there."""
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
+    # The common formats first: opening a file tries them in the order in which they were imported.
+    Image.preinit()
+    for common in ("WebP", "Tiff"):
+        importlib.import_module(f"PIL.{common}ImagePlugin")
     registered = Image.registered_extensions()
     return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in _NOT_BY_ITSELF)
 
@@ -101,9 +105,9 @@ def load(path: Path, resolution: int | None) -> Loaded | str:
                 changes.append(f"converted to RGB from mode {image.mode}")
             orientation = _orientation(image)
             rgb = _to_rgb(image)
-            # Pillow turns TIFF files itself while it loads them, and forgets their orientation.
-            if (remaining := _orientation(image)) in _TURNS:
-                rgb = rgb.transpose(_TURNS[remaining])
+            # Pillow turns TIFF files itself while it loads them, and then forgets their orientation.
+            if orientation in _TURNS and _orientation(image) == orientation:
+                rgb = rgb.transpose(_TURNS[orientation])
         if is_16_bit and np.asarray(rgb).max() < 64:
             changes.append(DARK)
         if orientation in _TURNS:

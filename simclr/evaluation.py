@@ -238,10 +238,10 @@ def knn_predict(
             f"the bank's features have width {bank.representation.shape[1]}, "
             f"the queries' have {queries.representation.shape[1]}"
         )
-    bank_rows, *_ = unit_rows(bank.representation)
+    bank_rows = unit_rows(bank.representation)
     predictions = []
     for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
-        similarity, neighbour = (unit_rows(block)[0] @ bank_rows.T).topk(k, dim=1)
+        similarity, neighbour = (unit_rows(block) @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
         predictions.append(votes.argmax(dim=1))

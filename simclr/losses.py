@@ -98,7 +98,7 @@ def nt_xent(
     with torch.autocast(z1.device.type, enabled=False):
         z = torch.cat([_at_least_float32(z1), _at_least_float32(z2)])
         if choice.form == "matrix":
-            return _nt_xent_matrix(unit_rows(z)[0], temperature)
+            return _nt_xent_matrix(unit_rows(z), temperature)
         return nt_xent_of_rows(z, temperature, kernels=choice.kernels, bf16_matmul=bf16_matmul)
 
 

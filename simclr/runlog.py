@@ -407,11 +407,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["sessions"], list):
-            raise TypeError('"sessions" is no list')
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions", []), list):
+            raise ValueError("it holds no sessions")
+    except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error!r}. It tells the run's history only: put it back, or move it away to go on "
+            f"{path} is damaged: {error}. It tells the run's history only: put it back, or move it away to go on "
             "without that"
         ) from error
     return manifest

@@ -43,23 +43,22 @@ TILE = {"cpu": 512, "cuda": 4096}
 _DIRECT_UP_TO = {torch.float32: 40.0, torch.float64: 300.0}
 
 
-def unit_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each row to unit l2 norm, whatever its length: no square overflows or vanishes on the way.
+def unit_rows(z: Tensor) -> Tensor:
+    """Scale each row of (r, d), float32 or float64, to unit l2 norm; rows of zeros, which have no direction, stay.
 
-    Args:
-        z: (r, d), float32 or float64.
-
-    Returns:
-        x, (r, d): z times scale over length. Rows of zeros, which have no direction, stay, without a gradient.
-        length, (r, 1): of z times scale; infinite for a row of zeros.
-        scale, (r, 1): powers of two.
+    Whatever a row's length, no square overflows or vanishes on the way. Differentiable; rows of zeros get no gradient.
     """
+    rows, length, _ = _scaled_rows(z)
+    return rows / length
+
+
+def _scaled_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z times scale; the length of these rows, (r, 1), infinity for 0; and scale, powers of two, (r, 1)."""
     with torch.no_grad():  # amax and amin take a tenth of the infinity norm's time on a CPU
         scale = power_of_two(torch.maximum(z.amax(dim=1, keepdim=True), -z.amin(dim=1, keepdim=True)))
-    scaled = z * scale
-    length: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    length = length.masked_fill(length == 0, math.inf)
-    return scaled / length, length, scale
+    rows = z * scale
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows, length.masked_fill(length == 0, math.inf), scale
 
 
 def power_of_two(size: Tensor) -> Tensor:
@@ -93,7 +92,8 @@ def nt_xent_of_rows(z: Tensor, temperature: float, *, kernels: Kernels, bf16_mat
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, temperature: float, kernels: Kernels, bf16: bool) -> Tensor:
-        x, length, scale = unit_rows(z)
+        x, length, scale = _scaled_rows(z)
+        x.div_(length)
         tiles = _tiles(kernels, 1 / temperature, bf16)
         columns = distributed.gather(x)
         lse = x.new_full((len(x),), -math.inf)

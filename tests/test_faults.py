@@ -644,7 +644,10 @@ def test_a_run_whose_terminal_is_closed_saves_every_step(images: Path, tmp_path:
     words = ["setsid", "--ctty", *command(images, config.folder, 100_000)]
     terminal, inside = os.openpty()
     os.set_blocking(terminal, False)
-    with subprocess.Popen(words, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside) as running:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, whose children inherit it
+    running = subprocess.Popen(words, cwd=ROOT, stdin=inside, stdout=inside, stderr=inside)
+    signal.signal(signal.SIGHUP, before)
+    try:
         os.close(inside)
         deadline = time.monotonic() + 60
         while steps_logged(config) < 10:
@@ -657,6 +660,9 @@ def test_a_run_whose_terminal_is_closed_saves_every_step(images: Path, tmp_path:
         started = time.monotonic()
         assert running.wait(20) == EXIT_SAVED
         print(f"ended after {time.monotonic() - started:.2f} s")
+    finally:
+        running.kill()
+        running.wait()
     found = runlog.read_status(config.folder)
     assert (found["state"], found["step"]) == ("interrupted", steps_logged(config))
     assert found["reason"].startswith("SIGHUP: saved after step ")

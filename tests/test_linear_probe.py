@@ -69,7 +69,7 @@ def write_run(folder: Path, data: Path, facts: beton.Facts) -> None:
         "hardware": "an abacus",
         "versions": {},
     }
-    (folder / "manifest.json").write_text(json.dumps({"environment": environment}))
+    (folder / "manifest.json").write_text(json.dumps({"environment": environment, "sessions": []}))
 
 
 @pytest.fixture(scope="module")
