@@ -291,13 +291,15 @@ def train(run: Run, log: RunLog) -> None:
 
 
 def require_same_start(run: Run) -> None:
-    """Refuse to train if the ranks continue after different steps. Waits for all."""
+    """Refuse to train if the ranks continue after different steps, or have opened different images. Waits for all."""
     run.peers.meet()
-    steps = run.peers.gather(run.progress.step)
+    steps, contents = zip(*run.peers.gather((run.progress.step, run.source.facts.content_sha256)), strict=True)
+    if len(set(contents)) > 1:  # though their sidecars were equal before: another file has taken the name meanwhile
+        raise launch.DifferentRunsError(f"{run.config.data} was replaced while the ranks opened it; start them again")
     if len(set(steps)) > 1:
         raise CheckpointError(
-            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps {steps}: is "
-            "it on a disk that all of them share?"
+            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps {list(steps)}: "
+            "is it on a disk that all of them share?"
         )
 
 

@@ -449,14 +449,14 @@ def is_another_run(case: str, rank: int) -> None:
     train_simclr.main = changed
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", OTHER_RUNS)
-def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(tmp_path: Path, case: str) -> None:
+@pytest.fixture
+def two_sets(tmp_path: Path) -> TrainConfig:
+    """A run on two ranks, and beside its images others."""
     for name, number, seed in (("train", NUM_IMAGES, 0), ("other", NUM_IMAGES, 1), ("more", NUM_IMAGES + 8, 0)):
         other_images(tmp_path, number, seed)
         for path in (tmp_path / f"{number}-{seed}.beton", beton.sidecar_path(tmp_path / f"{number}-{seed}.beton")):
             path.rename(tmp_path / path.name.replace(f"{number}-{seed}", name))
-    config = TrainConfig(
+    return TrainConfig(
         data=tmp_path / "train.beton",
         output=tmp_path / "run",
         epochs=2,
@@ -466,12 +466,34 @@ def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
         num_validation=0,
         world_size=2,
     )
-    with ranks(config, 2, tmp_path / "logs", functools.partial(is_another_run, case)) as running:
-        assert running.wait(30) == [1, 1]  # a few seconds, most of them for starting
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
+    two_sets: TrainConfig, tmp_path: Path, case: str
+) -> None:
+    with ranks(two_sets, 2, tmp_path / "logs", functools.partial(is_another_run, case)) as running:
+        assert running.wait(60) == [1, 1]  # a few seconds, most of them for starting
         for rank in (0, 1):
             assert OTHER_RUNS[case][1] in running.output(rank)
             assert "Traceback" not in running.output(rank)
     assert not (tmp_path / "run").exists()
+
+
+def opens_other_images(rank: int) -> None:
+    """As where the file is replaced after the ranks have compared what they are about to read."""
+    is_another_run("images", rank)
+    train_simclr.statement = lambda config: {}
+
+
+@pytest.mark.distributed
+def test_ranks_that_open_different_images_refuse_to_begin(two_sets: TrainConfig, tmp_path: Path) -> None:
+    with ranks(two_sets, 2, tmp_path / "logs", opens_other_images) as running:
+        assert running.wait(60) == [1, 1]
+        for rank in (0, 1):
+            assert "was replaced while the ranks opened it" in running.output(rank)
+            assert "Traceback" not in running.output(rank)
 
 
 ALONE = """
