@@ -298,8 +298,8 @@ def require_same_start(run: Run) -> None:
         raise launch.DifferentRunsError(f"{run.config.data} was replaced while the ranks opened it; start them again")
     if len(set(steps)) > 1:
         raise CheckpointError(
-            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps {list(steps)}: "
-            "is it on a disk that all of them share?"
+            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps "
+            f"{list(steps)}: is it on a disk that all of them share?"
         )
 
 
