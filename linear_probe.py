@@ -26,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import beton, evaluation, host, report, runlog
+from simclr import beton, evaluation, host, launch, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig, default_num_validation
@@ -57,7 +57,14 @@ def main(config: ProbeConfig) -> Path:
     """
     require_safe_loading()
     started = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for line in launch.require_known_requests():
+        print(line, file=sys.stderr, flush=True)
+    if (asked := launch.mixed_precision_asked_for()) not in {None, config.precision}:
+        raise ValueError(
+            f"accelerate is told mixed precision {asked}, but precision is {config.precision}; the probe takes it from "
+            "--precision alone (fp32 or bf16)"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() and not launch.cpu_is_asked_for() else "cpu")
     if device.type == "cpu":
         host.keep_freed_memory()
 

@@ -426,3 +426,18 @@ def test_pixels_too_large_to_hold_are_left_out_aloud(
     result = numbers(linear_probe.main(settings(place, tmp_path)))
     assert [row["name"] for row in result["rows"]] == ["untrained encoder", "pretrained encoder"]
     assert "raw pixels are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "told mixed precision bf16, but precision is fp32; .* from --precision"),
+        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP=true"),
+    ],
+)
+def test_what_accelerate_is_asked_for_in_vain_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        linear_probe.main(ProbeConfig(run=tmp_path))
