@@ -569,7 +569,7 @@ def test_images_that_are_not_square_are_refused(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_a_batch_that_cannot_be_shared_is_refused_with_sizes_that_can(images: Path, tmp_path: Path) -> None:
     config = settings(images, tmp_path / "run", global_batch_size=23)
-    with pytest.raises(RankError, match="23 is not divisible by the 2 processes. Use --global-batch-size 22 or 24"):
+    with pytest.raises(RankError, match=r"23 is not divisible by the 2 processes\. Use --global-batch-size 22 or 24"):
         run(config, 2)
 
 
