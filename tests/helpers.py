@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +21,20 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PRELOADED = ["torch.distributed", "numpy", "train_simclr"]  # imported once, by the process that forks all others
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def small_disk(folder: Path, size: str) -> str:
+    """Return the shell command that makes ``folder`` a file system of ``size``, for ``unshare -rm sh -c``; or skip."""
+    command = f'mount -t tmpfs -o size={size} none "{folder}"'
+    if not sys.platform.startswith("linux"):
+        pytest.skip("mounts a small file system in a namespace")
+    if subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True).returncode != 0:
+        pytest.skip("this user may not mount a file system in a namespace of its own")
+    return command
 
 
 class RankError(RuntimeError):

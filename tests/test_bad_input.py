@@ -34,7 +34,7 @@ from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.models import ModelConfig
 from simclr.runlog import RunLog, read_metrics, without_secrets
-from tests.helpers import forget_accelerate_state
+from tests.helpers import forget_accelerate_state, small_disk
 from tests.test_data_prep import fake_cifar
 
 ROOT = Path(__file__).parents[1]
@@ -254,13 +254,10 @@ def test_a_log_that_finds_no_space_says_so_and_keeps_its_lines(tmp_path: Path) -
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_there_is_space(
     images: Path, tmp_path: Path
 ) -> None:
-    mounted = f'mount -t tmpfs -o size=1m none "{tmp_path}"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system in a namespace of its own")
+    mounted = small_disk(tmp_path, "1m")
     words = ["--data", str(images), "--output", str(tmp_path / "run"), "--model.encoder", "small_resnet_w8"]
     words += ["--epochs", "4", "--global-batch-size", "16", "--num-validation", "0", "--loader", "memory"]
     words += ["--checkpoint-every-steps", "1", "--keep-checkpoints", "99", "--views", "torch"]
@@ -303,11 +300,8 @@ with host.refusals_explained(), Status(folder, is_main=True, step=3, total_steps
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_disk_without_any_room_still_takes_the_end_state(tmp_path: Path) -> None:
-    mounted = f'mount -t tmpfs -o size=256k none "{tmp_path}"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system in a namespace of its own")
+    mounted = small_disk(tmp_path, "256k")
     script = f'{mounted}; "{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script, "sh", LOG_AND_STATUS_ON_A_FULL_DISK],

@@ -24,6 +24,7 @@ from PIL import Image
 
 from simclr import beton
 from simclr.beton import BetonError, Writer
+from tests.helpers import small_disk
 
 REPOSITORY = Path(__file__).parents[1]
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
@@ -632,11 +633,8 @@ print("intact")
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    mounted = f'mount -t tmpfs -o size=6m none "{tmp_path}" && exec "$@"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted, "sh", "true"], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system in a namespace of its own")
+    mounted = small_disk(tmp_path, "6m") + ' && exec "$@"'
     result = subprocess.run(
         ["unshare", "-rm", "sh", "-c", mounted, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path)],
         cwd=REPOSITORY,

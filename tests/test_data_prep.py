@@ -27,6 +27,7 @@ from data_prep.__main__ import main
 from data_prep.image_folder import UNREADABLE, scan
 from data_prep.read_image import resize_and_crop
 from simclr import beton
+from tests.helpers import small_disk
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "emu")
@@ -834,11 +835,8 @@ def test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing(tmp_path: Path
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}"'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system in a namespace of its own")
+    mounted = small_disk(tmp_path, "4m")
     convert = f'"{sys.executable}" -m data_prep shapes --num-train 2500 --output "{tmp_path}/out"'
     script = f'{mounted}; {convert}; {convert} --encoding jpeg; ls -A "{tmp_path}/out"'
     result = subprocess.run(

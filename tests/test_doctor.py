@@ -15,7 +15,7 @@ import torch
 
 from simclr import beton, doctor
 from simclr.host import usable_cores
-from tests.helpers import forget_accelerate_state
+from tests.helpers import forget_accelerate_state, small_disk
 from tests.test_launch import ROOT, environment, run
 
 
@@ -121,11 +121,8 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
     assert lines["processes"][0].startswith("problem they do not find each other: ")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mounts a small file system in a namespace")
 def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path: Path) -> None:
-    mounted = f'mount -t tmpfs -o size=4m none "{tmp_path}" && mount -t tmpfs -o size=64m none /dev/shm'
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system in a namespace of its own")
+    mounted = small_disk(tmp_path, "4m") + " && mount -t tmpfs -o size=64m none /dev/shm"
     driver = "printf '#!/bin/sh\\necho NVIDIA H100, 470.1\\n' > nvidia-smi; chmod +x nvidia-smi"
     doctor = f'"{sys.executable}" -m simclr.doctor --data "{tmp_path}/no.beton" --output "{tmp_path}/run"'
     path = f'cd "{tmp_path}"; {driver}; cd "{ROOT}"; PATH="{tmp_path}:$PATH"'
