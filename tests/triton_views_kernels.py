@@ -1,0 +1,68 @@
+"""The views' Triton kernels against simclr.views: on a GPU, or ``TRITON_INTERPRET=1`` on CPU tensors.
+
+A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import numpy as np
+import torch
+
+from simclr.triton_views import TOLERANCE, TritonViews, parameter_table
+from simclr.views import ViewSpec, two_views
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+PLAIN = ViewSpec()
+ALL = ViewSpec(
+    grayscale_probability=0.4, blur_probability=0.6, solarise_probability=0.5, crop_scale=(0.05, 1.0), hue=0.4
+)
+BICUBIC = dataclasses.replace(PLAIN, interpolation="bicubic", brightness=0.8, contrast=0.8, saturation=0.8)
+# Stored height and width, side of the view, settings: one block and several, enlarging and shrinking
+CASES = [
+    (32, 32, 32, PLAIN, PLAIN),
+    (32, 32, 24, PLAIN, BICUBIC),
+    (20, 28, 33, ALL, PLAIN),
+    (96, 64, 16, BICUBIC, ALL),
+    (40, 40, 56, ALL, dataclasses.replace(ALL, blur_kernel=9)),
+]
+
+
+def largest_difference(
+    height: int, width: int, size: int, one: ViewSpec, two: ViewSpec, device: str, number: int = 12
+) -> float:
+    """Return the largest difference on pixels in [0, 1] but for those that only one of both solarises."""
+    rng = np.random.default_rng(height * size)
+    images = torch.from_numpy(rng.integers(0, 256, (number, height, width, 3), np.uint8))
+    index = torch.from_numpy(rng.permutation(number)[: number * 2 // 3])
+    table = parameter_table((one, two), number, seed=3, epoch=2, height=height, width=width).to(device)
+    make = TritonViews(one, two, size=size, mean=MEAN, std=STD)
+    where = index.to(device)
+    whole = make(images.to(device), where, table, where)
+    assert whole.shape == (2 * len(index), 3, size, size)
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    batch = make(images[index].to(device), torch.arange(len(index), device=device), table, where)
+    assert torch.equal(whole, batch)  # from the set, or from a batch of it
+    pair = two_views(images[index], index, one, two, seed=3, epoch=2, size=size, mean=MEAN, std=STD)
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
+    found, expected = whole.cpu() * std + mean, torch.cat(pair) * std + mean
+    off = (found - expected).abs()
+    inverted = (off > TOLERANCE) & (off < 1e-4) & ((found - one.solarise_threshold).abs() < 1e-4)
+    assert inverted.sum() < 10
+    return float(off.masked_fill(inverted, 0).max())
+
+
+def main() -> None:
+    """Compare all cases; raise AssertionError at the first difference."""
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    for *shape, one, two in CASES:
+        found = largest_difference(*shape, one, two, device)
+        print(*shape, f"{found:.1e}", flush=True)
+        assert found < TOLERANCE, (shape, one, two, found)
+    print("all views agree")
+
+
+if __name__ == "__main__":
+    main()
