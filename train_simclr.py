@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
 from simclr.beton import Facts, load_facts
+from simclr.captured import Captured
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.config import Derived, TrainConfig, derive, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
@@ -171,10 +172,12 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
                     plain_model=plain_model,
                     optimizer=optimizer,
                     guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+                    captured=None,
                     progress=progress,
                     writer=writer,
                     peers=peers,
                 )
+                run = dataclasses.replace(run, captured=capture(run))
                 try:
                     train(run, log)
                 except DivergedError as error:
@@ -198,9 +201,10 @@ def prepare_model(
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
     if config.recompute:
         recompute_blocks(plain_model)
-    if config.compile != "none":
+    if config.compile in {"default", "reduce-overhead", "graph-compiled"}:
         # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
-        plain_model.compile(mode=config.compile, dynamic=False)
+        mode = "default" if config.compile == "graph-compiled" else config.compile
+        plain_model.compile(mode=mode, dynamic=False)
     optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
     with warnings.catch_warnings():
         # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
@@ -241,6 +245,8 @@ class Run:
     optimizer: Any
     guard: Guard
     """Takes optimizer steps."""
+    captured: Captured | None
+    """Replays steps as one CUDA graph; None: they are taken plainly."""
     progress: Progress
     writer: CheckpointWriter
     peers: Peers
@@ -265,9 +271,9 @@ def train(run: Run, log: RunLog) -> None:
     run.model.train()
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
-        for views in run.feed.batches(run.plan, epoch=epoch, start_step=start_step):
+        for batch in batches(run, epoch, start_step):
             with memory.explained(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
-                meter.add(*train_step(run, views))
+                meter.add(*train_step(run, batch))
             progress.step += 1
             run.writer.raise_if_failed()
             asked = run.peers.step_taken(progress.step)
@@ -303,14 +309,28 @@ def require_same_start(run: Run) -> None:
         )
 
 
-def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def train_step(run: Run, batch: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Take one optimizer step on this rank's share of a global batch; return loss, z1 and z2, on the device.
 
     Args:
         run: What is trained.
-        views: (2b, 3, S, S): the first views of b images, then the second ones.
+        batch: Of :func:`batches`: views (2b, 3, S, S), the first views of b images and then the second ones, or what
+            a captured step makes them from.
     """
-    config, derived = run.config, run.derived
+    set_learning_rate(run.optimizer, learning_rate(run.config, run.derived, run.progress.step))
+    if isinstance(batch, Tensor):
+        loss, norms, z1, z2 = update(run, batch)
+    else:
+        assert run.captured is not None
+        loss, norms, z1, z2 = run.captured(run.feed.size, batch)
+        loss, norms = loss.clone(), norms.clone()  # the next step writes over them
+    run.guard.remember(norms, step=run.progress.step + 1, loss=loss)
+    return loss, z1, z2
+
+
+def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Update the weights; return loss, norms of the gradients, z1 and z2. The learning rate is set before."""
+    config = run.config
     run.guard.begin()
     if config.compile == "reduce-overhead":
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # all passes belong to one step
@@ -320,10 +340,26 @@ def train_step(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norms = run.guard.gradient_norms()
     if config.optimizer.gradient_clip_norm is not None:
         run.accelerator.clip_grad_norm_(run.plain_model.parameters(), config.optimizer.gradient_clip_norm)
-    set_learning_rate(run.optimizer, learning_rate(config, derived, run.progress.step))
-    run.guard.step(norms, step=run.progress.step + 1, loss=loss.detach())
+    run.guard.step(norms)
     run.optimizer.zero_grad()
-    return loss.detach(), z1.detach(), z2.detach()
+    return loss.detach(), norms, z1.detach(), z2.detach()
+
+
+def batches(run: Run, epoch: int, start_step: int) -> Iterator[Tensor | tuple[Tensor, ...]]:
+    """Return what each step of the rest of an epoch takes."""
+    if run.captured is None:
+        return run.feed.batches(run.plan, epoch=epoch, start_step=start_step)
+    return run.feed.recipes(run.plan, epoch=epoch, start_step=start_step)
+
+
+def capture(run: Run) -> Captured | None:
+    """Return the step of a run as a CUDA graph, views included, if that is how it is computed."""
+    if not run.config.compile.startswith("graph"):
+        return None
+    return Captured(
+        lambda *recipe: update(run, run.feed.make(*recipe)),
+        lambda error: print(f"step:       launch by launch, since it cannot be captured: {error}", flush=True),
+    )
 
 
 def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:

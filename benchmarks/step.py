@@ -116,7 +116,7 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
         ViewFeed(source, *specs, seed=config.seed, view_stages=stages, device=device, dtype=dtype)
     )
     plan = EpochPlan(np.arange(source.facts.num_images), config.global_batch_size, seed=config.seed)
-    return train_simclr.Run(
+    run = train_simclr.Run(
         config=config,
         derived=derived,
         source=source,
@@ -127,10 +127,12 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
         plain_model=plain,
         optimizer=optimizer,
         guard=Guard(plain, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+        captured=None,
         progress=train_simclr.Progress(step=1),
         writer=stack.enter_context(CheckpointWriter(config.folder, keep=1, last_step=None)),
         peers=stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals())),
     )
+    return dataclasses.replace(run, captured=train_simclr.capture(run))
 
 
 def prepare(

@@ -118,7 +118,7 @@ class TrainConfig:
     """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
     or CPU is fast at it, else fp32. fp64: everything in float64, to show that two runs are the same."""
 
-    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    compile: Literal["none", "default", "reduce-overhead", "graph", "graph-compiled"] = "none"
     """Whether torch.compile makes the forward and backward pass, for the shapes at hand; the first step then takes
     seconds to minutes. reduce-overhead: with CUDA graphs, on GPUs. Results differ by rounding."""
 
@@ -148,7 +148,7 @@ class TrainConfig:
     loader: Literal["auto", "ffcv", "memory"] = "auto"
     """Who reads the images; both give the same batches."""
 
-    views: Literal["auto", "fused", "torch"] = "auto"
+    views: Literal["auto", "fused", "triton", "torch"] = "auto"
     """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
     on CPUs with numba, torch on GPUs and for fp64. They differ by rounding."""
 

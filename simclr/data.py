@@ -301,9 +301,11 @@ class ImageSource(ABC):
         device: Where images and labels of the batches are.
         backend: "ffcv" or "memory".
         reason: Why this backend, and what was checked, in one line for the user.
+        stored: All images, uint8 (n, H, W, 3), contiguous, on ``device``; None if they are not held there.
     """
 
     backend: Backend
+    stored: Tensor | None = None
 
     def __init__(self, path: Path, facts: Facts, device: torch.device, reason: str) -> None:
         self.path, self.facts, self.device, self.reason = path, facts, device, reason
@@ -364,6 +366,7 @@ class _MemorySource(ImageSource):
         super().__init__(path, facts, device, f"{size} of images in memory ({device}), {reason}")
         # One row per image: index_select copies rows five times as fast as it copies (H, W, 3) blocks.
         self._pixels = torch.from_numpy(images).flatten(1).to(device)
+        self.stored = self._pixels.view(images.shape)
         self._labels = torch.from_numpy(labels).to(device)
 
     def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:
@@ -383,6 +386,7 @@ class _MemorySource(ImageSource):
     def close(self) -> None:
         super().close()
         self._pixels = self._labels = torch.empty(0)
+        self.stored = None
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,18 +1,19 @@
-"""Both views of each batch, made in the background where there is something to make them on while a step runs.
+"""Both views of each batch, made by whatever makes them soonest here.
 
-One mechanism for every reader of images and every device: a thread reads batches, makes views, and hands them over
-through a short queue. Where the step itself keeps all cores busy, views are made within it. Nothing of a run depends on
-that, on the number of threads or on how far the thread is ahead: views are a function of seed, epoch and image.
+Views are a function of seed, epoch and image. So they may be made by one process or another, by a thread that runs some
+batches ahead, or within the step, by numba on a CPU or by Triton on a GPU: nothing of a run depends on it but rounding.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,10 @@ from simclr.host import usable_cores
 from simclr.views import ViewSpec, size_at, two_views
 
 if TYPE_CHECKING:
-    from simclr import fused_views
+    from simclr import fused_views, triton_views
 
-ViewsChoice = Literal["auto", "fused", "torch"]
+ViewsMethod = Literal["fused", "triton", "torch"]
+ViewsChoice = Literal["auto", "fused", "triton", "torch"]
 
 AHEAD = 2  # batches that wait, so that one that took long to read is not felt
 _Item = TypeVar("_Item")
@@ -38,8 +40,9 @@ class ViewFeed:
         view_2: Settings of the second view.
         seed: Seed of the run.
         view_stages: As :func:`simclr.views.size_at` takes them.
-        choice: fused: :mod:`simclr.fused_views`, on the CPU. torch: :mod:`simclr.views`, on ``device``. auto: fused on
-            a CPU that has numba, unless ``dtype`` is float64, else torch. They differ by rounding.
+        choice: fused: :mod:`simclr.fused_views`, on the CPU. triton: :mod:`simclr.triton_views`, on a GPU. torch:
+            :mod:`simclr.views`, on ``device``. auto: the first that can be had and computes on ``device``; torch if
+            ``dtype`` is float64. They differ by rounding.
         device: Where the step runs.
         dtype: Of the views, as the network takes them.
 
@@ -49,7 +52,7 @@ class ViewFeed:
         reason: Why, and how it is done, in one line for the user.
 
     Raises:
-        ValueError: If fused views were asked for and cannot be made; the message says what to do.
+        ValueError: If fused or Triton's views were asked for and cannot be made; the message says what to do.
     """
 
     def __init__(
@@ -68,21 +71,28 @@ class ViewFeed:
         self.device, self.dtype = torch.device(device), dtype
         self._running: Ahead[Tensor] | None = None
         self._fused: dict[int, fused_views.FusedViews] = {}  # by the views' side
-        obstacle = _fused_obstacle(self.device, dtype, choice)
-        if choice == "fused" and obstacle is not None:
-            raise ValueError(f"views cannot be fused, since {obstacle}. Or use --views torch")
-        self.method: Literal["fused", "torch"] = "fused" if obstacle is None else "torch"
+        self._triton: dict[int, triton_views.TritonViews] = {}
+        self._tables: _Tables | None = None
+        self.size = source.facts.height
+        wanted: ViewsMethod = choice if choice != "auto" else "triton" if self.device.type == "cuda" else "fused"
+        obstacle = _obstacle(wanted, self.device, dtype)
+        if choice != "auto" and obstacle is not None:
+            raise ValueError(f"views {choice} cannot be had, since {obstacle}. Or use --views torch")
+        self.method: ViewsMethod = wanted if obstacle is None else "torch"
         # Beside a step that keeps all cores busy, a thread only gets in its way (measured: decision 0010); and torch's
-        # operations would run on as many threads again.
-        self.in_background = self.device.type == "cuda" or (self.method == "fused" and _spare_cores() > 0)
+        # operations would run on as many threads again. Triton's views are one launch: there is nothing to do ahead.
+        self.in_background = (self.device.type == "cuda" and self.method != "triton") or (
+            self.method == "fused" and _spare_cores() > 0
+        )
         where = f"{AHEAD} batches ahead of the step" if self.in_background else "within the step"
         how = f"on {self.device.type}"
+        mean, std = source.facts.normalisation
+        sizes = {*(side for side, _ in view_stages), source.facts.height}
         if self.method == "fused":
             from simclr import fused_views  # needs numba
 
-            mean, std = source.facts.normalisation
             threads = 1 if self.in_background else torch.get_num_threads()
-            for size in {*(side for side, _ in view_stages), source.facts.height}:
+            for size in sizes:
                 self._fused[size] = fused_views.FusedViews(
                     *self.specs,
                     size=size,
@@ -93,7 +103,13 @@ class ViewFeed:
                     pin_memory=self.device.type == "cuda",
                 )
             how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
-        why = "as configured" if obstacle is None or choice == "torch" else f"since {obstacle}"
+        elif self.method == "triton":
+            from simclr import triton_views
+
+            for size in sizes:
+                self._triton[size] = triton_views.TritonViews(*self.specs, size=size, mean=mean, std=std, dtype=dtype)
+            self._tables = _Tables(self)
+        why = "as configured" if choice != "auto" else f"since {obstacle}"
         self.reason = f"{where}, {how}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
 
     def batches(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[Tensor]:
@@ -111,6 +127,8 @@ class ViewFeed:
             ValueError: At the call, as :meth:`simclr.data.ImageSource.batches`.
             RuntimeError: While iterating, if the background thread has died. What it raised is raised here.
         """
+        if self.method == "triton":
+            return (self.make(*recipe) for recipe in self.recipes(plan, epoch=epoch, start_step=start_step))
         made = self._views(self.source.batches(plan, epoch=epoch, start_step=start_step), epoch)
         if not self.in_background:
             return made
@@ -121,6 +139,35 @@ class ViewFeed:
     def _views(self, batches: Iterator[Batch], epoch: int) -> Generator[Tensor]:
         for batch in batches:
             yield self._make(batch, epoch)
+
+    def recipes(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Yield what :meth:`make` makes the views of each batch from; for steps that make them themselves, with Triton.
+
+        Arguments and errors as for :meth:`batches`. :attr:`size` is then the side of the epoch's views.
+        """
+        assert self._tables is not None
+        self.size = size_at(self.view_stages, epoch, self.source.facts.height)
+        self._tables.load(epoch)
+        if self.source.stored is None:
+            batches = self.source.batches(plan, epoch=epoch, start_step=start_step)
+            return ((batch.index.to(self.device, non_blocking=True), batch.image.to(self.device)) for batch in batches)
+        rows = list(plan.batches(epoch, start_step))
+        order = torch.from_numpy(np.stack(rows) if rows else np.empty((0, 0), np.int64)).to(self.device)
+        return ((index,) for index in order)
+
+    def make(self, index: Tensor, image: Tensor | None = None) -> Tensor:
+        """Return the views of a batch of the epoch of :meth:`recipes`, as :meth:`batches` yields them.
+
+        Args:
+            index: The images' positions in the data file, int64, (b,), on the device.
+            image: The images, uint8, (b, H, W, 3), on the device; None if the source holds all of them there.
+        """
+        assert self._tables is not None
+        table, stored = self._tables.table, self.source.stored
+        if image is None:
+            assert stored is not None
+            return self._triton[self.size](stored, index, table, index)
+        return self._triton[self.size](image, torch.arange(len(index), device=index.device), table, index)
 
     def _make(self, batch: Batch, epoch: int) -> Tensor:
         size = size_at(self.view_stages, epoch, self.source.facts.height)
@@ -146,6 +193,8 @@ class ViewFeed:
         self.close()
         for fused in self._fused.values():
             fused.close()
+        if self._tables is not None:
+            self._tables.close()
 
 
 def _spare_cores() -> int:
@@ -154,18 +203,74 @@ def _spare_cores() -> int:
     return cores - torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _fused_obstacle(device: torch.device, dtype: torch.dtype, choice: ViewsChoice) -> str | None:
-    """Why fused views are not used, or None."""
-    if choice == "torch":
-        return "torch was asked for"
+class _Tables:
+    """The parameters of an epoch's views on the device, always at the same place; the next ones are drawn meanwhile."""
+
+    def __init__(self, feed: ViewFeed) -> None:
+        self._feed = feed
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "parameters of views")
+        self._drawn: dict[int, concurrent.futures.Future[Tensor]] = {}
+        self._epoch: int | None = None
+        self.table = torch.empty(0)
+
+    def load(self, epoch: int) -> None:
+        """Let :attr:`table` hold this epoch's parameters, for what is launched from now on."""
+        if epoch == self._epoch:
+            return
+        drawn = self._drawn.pop(epoch, None) or self._draw(epoch)
+        parameters = drawn.result()
+        if self._epoch is None:
+            self.table = parameters.to(self._feed.device)
+        else:
+            self.table.copy_(parameters, non_blocking=True)
+        self._epoch = epoch
+        self._drawn = {epoch + 1: self._draw(epoch + 1)}
+
+    def _draw(self, epoch: int) -> concurrent.futures.Future[Tensor]:
+        from simclr.triton_views import parameter_table
+
+        facts, on_gpu = self._feed.source.facts, self._feed.device.type == "cuda"
+
+        def draw() -> Tensor:
+            table = parameter_table(
+                self._feed.specs,
+                facts.num_images,
+                seed=self._feed.seed,
+                epoch=epoch,
+                height=facts.height,
+                width=facts.width,
+            )
+            return table.pin_memory() if on_gpu else table
+
+        return self._thread.submit(draw)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _obstacle(method: ViewsMethod, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why views cannot be made this way, or None."""
+    if method == "torch":
+        return None
     if dtype == torch.float64:
         return "in float64, which compares runs, the batched operations are used everywhere"
-    if device.type != "cpu" and choice == "auto":
-        return f"{device.type} makes views faster than it is sent them"
+    if method == "triton":
+        return _triton_obstacle(device)
     try:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba does not import ({error}; to install it: pip install 'simclr[ffcv]')"
+    return None
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    try:
+        from simclr.triton_views import IS_INTERPRETED
+    except ImportError as error:
+        return f"Triton does not import ({error})"
+    if device.type != "cuda" and not IS_INTERPRETED:
+        return f"Triton computes on GPUs, and this run on {device.type}"
     return None
 
 

@@ -61,6 +61,7 @@ class Guard:
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._folder, self._plan, self._rank = folder, plan, distributed.rank()
         self._steps: list[_Step] = []  # not looked at yet
+        self._left_out = False  # by the host, at the step that remember() is about to hear of
         self._norms: list[float] = []  # of those looked at
         self._in_a_row = 0
 
@@ -78,18 +79,12 @@ class Guard:
         gradients = [p.grad if p.grad is not None else p.new_zeros(()) for p in self._parameters]
         return torch.stack(torch._foreach_norm(gradients))
 
-    def step(self, norms: Tensor, *, step: int, loss: Tensor) -> None:
-        """Take an optimizer step if the gradient is finite.
+    def step(self, norms: Tensor) -> None:
+        """Take an optimizer step if the gradient is finite. On a GPU the host does not learn here whether it was.
 
         Args:
             norms: Of :meth:`gradient_norms`.
-            step: Number of the step, from 1.
-            loss: This rank's, a scalar on the device.
-
-        Raises:
-            DivergedError: As :meth:`norms`, at once where no device is waited for by it.
         """
-        self._steps.append(_Step(step, loss, norms))
         is_finite = torch.linalg.vector_norm(norms).isfinite()
         if self._skips:
             for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
@@ -103,6 +98,22 @@ class Guard:
         elif is_finite:
             self._optimizer.step()
         else:
+            self._left_out = True
+
+    def remember(self, norms: Tensor, *, step: int, loss: Tensor) -> None:
+        """Keep what is known of a step until the host looks at it.
+
+        Args:
+            norms: Of :meth:`gradient_norms`; not changed afterwards.
+            step: Number of the step, from 1.
+            loss: This rank's, a scalar on the device.
+
+        Raises:
+            DivergedError: As :meth:`norms`, at once where no device is waited for by it.
+        """
+        self._steps.append(_Step(step, loss, norms))
+        if self._left_out:
+            self._left_out = False
             self._look()
 
     def norms(self) -> list[float]:

@@ -43,8 +43,8 @@ def learning_rate_at(
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class _TensorByTensor(torch.optim.Optimizer):
-    """An optimizer that updates each tensor by itself and can leave a step out on the device.
+class _Skippable(torch.optim.Optimizer):
+    """An optimizer with momentum that can leave a step out on the device.
 
     Raises:
         ValueError: If an option lies outside its range.
@@ -78,12 +78,10 @@ class _TensorByTensor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            self._update([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _momentum(self, parameter: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ class _TensorByTensor(torch.optim.Optimizer):
         return buffer
 
 
-class LARS(_TensorByTensor):
+class LARS(_Skippable):
     """SGD with momentum whose step is scaled per parameter tensor by the ratio of its norm to its gradient's.
 
     For a tensor w with gradient g, at learning rate lr::
@@ -146,7 +144,12 @@ class LARS(_TensorByTensor):
         }
         super().__init__(params, defaults)
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._update_one(parameter, parameter.grad, group)
+
+    def _update_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         update = gradient.add(parameter, alpha=group["weight_decay"])
         if group["adapt"]:
             # on the device: reading the norms would make the host wait for it at every tensor
@@ -166,7 +169,7 @@ class LARS(_TensorByTensor):
             parameter.sub_(torch.where(skip, 0.0, group["lr"] * buffer))
 
 
-class Muon(_TensorByTensor):
+class Muon(_Skippable):
     """Momentum whose step is orthogonalised: every direction in which a weight matrix could move, it moves alike.
 
     For a tensor w of two or more dimensions, seen as a matrix with ``w.shape[0]`` rows, with gradient g, at learning
@@ -197,42 +200,57 @@ class Muon(_TensorByTensor):
     def __init__(self, params: Iterable[Any], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        buffer, momentum = self._momentum(parameter), group["momentum"]
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        # Tensors of one shape together: a GPU takes as long for one small product as for several at once.
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in parameters:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for alike in by_shape.values():
+            self._update_alike(alike, group)
+
+    def _update_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        buffers, momentum = [self._momentum(parameter) for parameter in parameters], group["momentum"]
+        gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
+        buffer, weight = torch.stack(buffers), torch.stack(parameters)
         new = buffer * momentum + gradient
-        matrix = torch.add(gradient, new, alpha=momentum).reshape(len(parameter) if parameter.ndim > 1 else 1, -1)
-        change = 0.2 * math.sqrt(max(matrix.shape)) * orthogonalise(matrix).reshape(parameter.shape)
-        change = group["lr"] * change.add(parameter, alpha=group["weight_decay"])
+        rows = len(parameters[0]) if parameters[0].ndim > 1 else 1
+        matrices = torch.add(gradient, new, alpha=momentum).reshape(len(parameters), rows, -1)
+        change = 0.2 * math.sqrt(max(matrices.shape[1:])) * orthogonalise(matrices).reshape(weight.shape)
+        change = group["lr"] * change.add(weight, alpha=group["weight_decay"])
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:
             new, change = torch.where(found_inf > 0, buffer, new), torch.where(found_inf > 0, 0.0, change)
-        buffer.copy_(new)
-        parameter.sub_(change)
+        torch._foreach_copy_(buffers, list(new.unbind()))
+        torch._foreach_sub_(parameters, list(change.unbind()))
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return nearly U V^T for a matrix U S V^T, without taking it apart: singular values come to lie about 1.
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return nearly U V^T for each matrix U S V^T, without taking it apart: singular values come to lie about 1.
 
     Five steps of a Newton-Schulz iteration, X <- a X + (b A + c A^2) X with A = X X^T, from X = matrix / |matrix|. Its
     coefficients rise as steeply as they can from 0, and let singular values from 0.01 to 1 end between 0.65 and 1.25;
-    smaller ones stay smaller, and 0 stays 0. A matrix of one row is divided by its norm, which is exact.
+    smaller ones stay smaller, and 0 stays 0. A matrix of one row is divided by its norm, which is exact. On GPUs the
+    iteration's factors are bfloat16, which it was made for.
 
     Args:
-        matrix: (rows, columns), float32 or float64.
+        matrices: (k, rows, columns), float32 or float64.
 
     Source:
         Jordan et al. 2024, as for :class:`Muon`; Bernstein & Newhouse 2024, arXiv:2409.20325, for the idea.
     """
-    tiny = torch.finfo(matrix.dtype).tiny
-    x: Tensor = matrix / torch.linalg.vector_norm(matrix).clamp_min(tiny)
-    if min(matrix.shape) == 1:
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    x: Tensor = matrices / norm.clamp_min(torch.finfo(matrices.dtype).tiny)
+    rows, columns = matrices.shape[1:]
+    if min(rows, columns) == 1:
         return x
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    x = x.mT if rows > columns else x
+    if x.is_cuda and x.dtype == torch.float32:
+        x = x.bfloat16()
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if rows > columns else x).to(matrices.dtype)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -283,13 +301,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool
     Args:
         model: Whose parameters.
         config: Its settings.
-        skippable: Whether its step changes nothing while the tensor ``found_inf`` of the optimizer is 1, so that this
-            can be decided on a GPU that nobody waits for. It takes torch's fused implementations, which are made for
-            that and differ from the others by rounding.
+        skippable: For GPUs that nobody waits for: the step changes nothing while the tensor ``found_inf`` of the
+            optimizer is 1, and the learning rate is a tensor on the device. It takes torch's fused implementations,
+            which are made for that and differ from the others by rounding.
     """
     groups = parameter_groups(model, config)
     for group in groups:
-        group["lr"] = 0.0
+        group["lr"] = torch.zeros((), device=group["params"][0].device) if skippable else 0.0
         del group["names"]
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, momentum=config.momentum, fused=skippable or None)
@@ -299,7 +317,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), fused=skippable or None)
+        adamw = torch.optim.AdamW(groups, betas=(config.momentum, 0.999), fused=skippable or None, capturable=skippable)
+        adamw._warned_capturable_if_run_uncaptured = True  # fused: not slower for it
+        return adamw
     optimizer: LARS | Muon
     if config.name == "muon":
         optimizer = Muon(groups, lr=0.0, momentum=config.momentum)
@@ -318,8 +338,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     """Load an optimizer's state; which implementation it had, perhaps on another kind of device, is not taken over."""
     own = optimizer.state_dict()["param_groups"]
+    kept = ("lr", "fused", "foreach", "capturable")  # lr is set before each step
     groups = [
-        {**saved, **{name: group[name] for name in ("fused", "foreach") if name in group}}
+        {**saved, **{name: group[name] for name in kept if name in group}}
         for saved, group in zip(state["param_groups"], own, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
@@ -328,4 +349,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate

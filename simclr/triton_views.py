@@ -21,6 +21,7 @@ of the views.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from simclr.views import ViewSpec, blur_kernel_size, require_blur_fits, require_normalisation, sample_parameters
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TOLERANCE = 1e-5
 """Largest difference from :func:`simclr.views.apply_view` in float32, on pixels in [0, 1], before normalising.

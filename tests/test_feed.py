@@ -122,7 +122,7 @@ def test_float64_is_left_to_the_batched_operations(source: ImageSource) -> None:
     feed = ViewFeed(source, ViewSpec(), OTHER, seed=9, dtype=torch.float64)
     assert feed.method == "torch"
     assert "float64" in feed.reason
-    with pytest.raises(ValueError, match=r"cannot be fused, since in float64.*--views torch"):
+    with pytest.raises(ValueError, match=r"views fused cannot be had, since in float64.*--views torch"):
         ViewFeed(source, ViewSpec(), OTHER, seed=9, dtype=torch.float64, choice="fused")
 
 

@@ -192,16 +192,16 @@ def orthogonalised_by_hand(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_orthogonalise_works_on_singular_values(shape: tuple[int, int], size: float) -> None:
     matrix = size * np.random.default_rng(0).standard_normal(shape)
-    found = orthogonalise(torch.from_numpy(matrix)).numpy()
+    found = orthogonalise(torch.from_numpy(matrix)[None])[0].numpy()
     np.testing.assert_allclose(found, orthogonalised_by_hand(matrix), rtol=0, atol=1e-12)
     values = np.linalg.svd(found, compute_uv=False)
     assert 0.65 < values.min() <= values.max() < 1.25
 
 
 def test_what_has_no_direction_stays() -> None:
-    assert torch.equal(orthogonalise(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert torch.equal(orthogonalise(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
     one_direction = torch.outer(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0, 0.0]))
-    found = orthogonalise(one_direction)
+    found = orthogonalise(one_direction[None])[0]
     assert torch.linalg.matrix_rank(found, rtol=1e-4) == 1
     torch.testing.assert_close(found / found.norm(), one_direction / one_direction.norm())
 

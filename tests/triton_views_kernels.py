@@ -31,7 +31,7 @@ CASES = [
 
 
 def largest_difference(
-    height: int, width: int, size: int, one: ViewSpec, two: ViewSpec, device: str, number: int = 12
+    height: int, width: int, size: int, one: ViewSpec, two: ViewSpec, device: str, number: int = 6
 ) -> float:
     """Return the largest difference on pixels in [0, 1] but for those that only one of both solarises."""
     rng = np.random.default_rng(height * size)
@@ -57,10 +57,10 @@ def largest_difference(
 def main() -> None:
     """Compare all cases; raise AssertionError at the first difference."""
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    for *shape, one, two in CASES:
-        found = largest_difference(*shape, one, two, device)
-        print(*shape, f"{found:.1e}", flush=True)
-        assert found < TOLERANCE, (shape, one, two, found)
+    for case in CASES:
+        found = largest_difference(*case, device)
+        print(*case[:3], f"{found:.1e}", flush=True)
+        assert found < TOLERANCE, (case, found)
     print("all views agree")
 
 

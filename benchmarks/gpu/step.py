@@ -51,6 +51,8 @@ VARIANTS = {
     "bfloat16, images sent from the host": Variant(on_device=False),
     "bfloat16, compiled": Variant(compile="default"),
     "bfloat16, compiled, CUDA graphs": Variant(compile="reduce-overhead"),
+    "bfloat16, one graph": Variant(compile="graph"),
+    "bfloat16, one graph, compiled": Variant(compile="graph-compiled"),
 }
 PLAIN = "a plain script"
 
@@ -125,7 +127,7 @@ def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
         common.write_noise(config.data, 64 * config.global_batch_size)
         with contextlib.redirect_stdout(sys.stderr):
             run = open_run(stack, config, on_device=variant.on_device)
-        views = endless(lambda: run.feed.batches(run.plan))
+        views = endless(lambda: train_simclr.batches(run, 0, 0))
 
         def one_step() -> None:
             train_simclr.train_step(run, next(views))
@@ -135,7 +137,7 @@ def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
         whole = seconds_of(one_step, options.steps)
         run.guard.norms()
         parts: dict[str, float] = {}
-        for _ in range(options.steps):
+        for _ in range(0 if run.captured else options.steps):
             for part, seconds in step_in_parts(run, views).items():
                 parts[part] = parts.get(part, 0.0) + seconds * 1e3 / options.steps
         on_gpu = torch.cuda.is_available()
@@ -164,7 +166,7 @@ def step_in_parts(run: train_simclr.Run, views: Iterator[Tensor]) -> dict[str, f
     part("backward", lambda: run.accelerator.backward(loss))
 
     def optimizer() -> None:
-        run.guard.step(run.guard.gradient_norms(), step=run.progress.step + 1, loss=loss.detach())
+        run.guard.step(run.guard.gradient_norms())
         run.optimizer.zero_grad()
 
     part("optimizer", optimizer)

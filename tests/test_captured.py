@@ -1,0 +1,124 @@
+"""The step as one CUDA graph computes what the plain step computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_simclr
+from data_prep.convert import Storage, convert
+from data_prep.shapes import shapes
+from simclr.captured import Captured
+from simclr.config import LossConfig, OptimizerConfig, TrainConfig
+from simclr.models import ModelConfig
+from simclr.runlog import read_metrics
+from simclr.views import ViewSpec
+from tests.helpers import forget_accelerate_state
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "train.beton"
+    convert(shapes(0, "train", 80), path, Storage())
+    return path
+
+
+def steps(output: Path, images: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Train for 20 steps of 5 epochs; return the lines about them."""
+    defaults: dict[str, Any] = {
+        "data": images,
+        "output": output,
+        "epochs": 5,
+        "global_batch_size": 20,
+        "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
+        "precision": "fp32",
+        "num_validation": 20,
+        "knn_every_epochs": 2,
+        "log_every_steps": 1,
+        "loader": "memory",
+    }
+    try:
+        train_simclr.main(TrainConfig(**{**defaults, **changes}))
+    finally:
+        forget_accelerate_state()
+    return [line for line in read_metrics(output) if line["kind"] == "step"]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "sgd, each view by itself": {"batch_norm_per_view": True},
+    "muon, growing views": {
+        "optimizer": OptimizerConfig(name="muon", base_learning_rate=0.1),
+        "view_sizes": ((16, 0.4), (24, 0.4)),
+    },
+    "adamw, clipped, skipping": {
+        "optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.02, gradient_clip_norm=0.5),
+        "on_nonfinite": "skip",
+    },
+    "lars, Barlow Twins, blur": {
+        "loss": LossConfig(name="barlow_twins", scale=0.1),
+        "optimizer": OptimizerConfig(name="lars", base_learning_rate=1.0),
+        "view_1": ViewSpec(blur_probability=0.5),
+        "view_2": ViewSpec(blur_probability=0.5, solarise_probability=0.5),
+    },
+    "tiled loss": {"loss": LossConfig(nt_xent_form="tiled")},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_run_is_the_plain_one(
+    name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = steps(tmp_path / "plain", images, **CASES[name], compile="none")
+    steps(tmp_path / "captured", images, **CASES[name], compile="graph", stop_at_step=7)
+    captured = steps(tmp_path / "captured", images, **CASES[name], compile="graph")
+    assert "cannot be captured" not in capsys.readouterr().out
+    assert [line["step"] for line in captured] == list(range(1, 21))
+    for mine, reference in zip(captured, plain, strict=True):
+        for key in ("loss", "gradient_norm", "learning_rate", "positive_similarity"):
+            assert mine[key] == pytest.approx(reference[key], rel=2e-2), (name, mine["step"], key)
+    assert captured[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compiled_graph_computes_the_same(images: Path, tmp_path: Path) -> None:
+    plain = steps(tmp_path / "plain", images, compile="none")
+    captured = steps(tmp_path / "captured", images, compile="graph-compiled")
+    for mine, reference in zip(captured, plain, strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_waits_for_the_device_is_called_plainly_and_said() -> None:
+    told: list[str] = []
+    captured = Captured(lambda x: (x * float(x.sum()),), told.append)
+    for i in range(6):
+        x = torch.full((3,), float(i), device="cuda")
+        (found,) = captured("key", (x,))
+        assert torch.equal(found, x * 3 * i)
+    assert len(told) == 1
+    assert "captur" in told[0].lower()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_reads_its_inputs_anew_and_each_key_has_its_own() -> None:
+    calls: list[int] = []
+
+    def double(x: torch.Tensor) -> tuple[torch.Tensor]:
+        calls.append(len(x))
+        return (2 * x,)
+
+    captured = Captured(double, pytest.fail)
+    for number in (4, 7):
+        for i in range(8):
+            x = torch.arange(number, device="cuda") + 10 * i
+            (found,) = captured(number, (x,))
+            assert torch.equal(found, 2 * x)
+    assert calls == [4] * 4 + [7] * 4  # three plain calls and the one that is captured; the rest is replayed
