@@ -201,6 +201,8 @@ def prepare_model(
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
     if config.recompute:
         recompute_blocks(plain_model)
+    if config.compile.startswith("graph"):
+        torch.backends.cudnn.benchmark = True  # shapes are fixed, and the fastest kernels are found before capture
     if config.compile in {"default", "reduce-overhead", "graph-compiled"}:
         # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
         mode = "default" if config.compile == "graph-compiled" else config.compile

@@ -35,8 +35,8 @@ class ModelConfig:
 
     encoder: str = "resnet18"
     """Any timm model name, or small_resnet_wN (N: width of the first stage, 8 or more): one basic block per stage at
-    widths N, 2N, 4N, for CPUs; or small_resnet_wN_dD: the same and a 1x1 convolution that widens the representation to
-    D."""
+    widths N, 2N, 4N, for CPUs. _dD behind a timm ResNet or a small one: a 1x1 convolution at the end that widens the
+    representation to D, such as resnet18_d2048."""
 
     stem: Stem = "auto"
     """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
@@ -112,9 +112,18 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         _require_right_gradients(encoder, name)
         return encoder
+    if widened := re.fullmatch(r"(resnet\d+)_d([1-9]\d*)", name):
+        encoder = make_encoder(widened[1], stem, image_size)
+        stage = encoder.get_submodule("layer4")
+        assert isinstance(encoder, ResNet)
+        assert isinstance(stage, nn.Sequential)
+        stage.append(_widen(encoder.num_features, int(widened[2])))
+        return encoder
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
-        raise ValueError(f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN[_dD]")
+        raise ValueError(
+            f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD"
+        )
     if stem == "auto":
         stem = "cifar" if image_size <= SMALL_IMAGE else "original"
     try:
@@ -217,10 +226,15 @@ def _small_resnet(name: str) -> nn.Module:
     # more from a wide representation, and on maps this small it costs little.
     encoder.layer4 = nn.Identity()
     if match[2]:
-        widen = nn.Conv2d(4 * width, int(match[2]), 1, bias=False)
-        nn.init.kaiming_normal_(widen.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
-        encoder.layer4 = nn.Sequential(widen, nn.BatchNorm2d(widen.out_channels), nn.ReLU(inplace=True))
+        encoder.layer4 = _widen(4 * width, int(match[2]))
     return encoder
+
+
+def _widen(channels: int, width: int) -> nn.Sequential:
+    """Return a 1x1 convolution to ``width`` channels, normalisation and ReLU, initialised as timm's ResNet."""
+    convolution = nn.Conv2d(channels, width, 1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
 def _create(name: str, **options: Any) -> nn.Module:

@@ -205,23 +205,51 @@ class Muon(_Skippable):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.shape, []).append(parameter)
-        for alike in by_shape.values():
-            self._update_alike(alike, group)
-
-    def _update_alike(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        buffers, momentum = [self._momentum(parameter) for parameter in parameters], group["momentum"]
-        gradient = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
-        buffer, weight = torch.stack(buffers), torch.stack(parameters)
-        new = buffer * momentum + gradient
-        rows = len(parameters[0]) if parameters[0].ndim > 1 else 1
-        matrices = torch.add(gradient, new, alpha=momentum).reshape(len(parameters), rows, -1)
-        change = 0.2 * math.sqrt(max(matrices.shape[1:])) * orthogonalise(matrices).reshape(weight.shape)
-        change = group["lr"] * change.add(weight, alpha=group["weight_decay"])
+        momentum, lr, decay = group["momentum"], group["lr"], group["lr"] * group["weight_decay"]
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            new, change = torch.where(found_inf > 0, buffer, new), torch.where(found_inf > 0, 0.0, change)
-        torch._foreach_copy_(buffers, list(new.unbind()))
-        torch._foreach_sub_(parameters, list(change.unbind()))
+        if found_inf is not None:  # a step left out is one without gradient, learning rate and loss of momentum
+            skip = found_inf > 0
+            momentum, lr, decay = (torch.where(skip, one, x) for one, x in ((1.0, momentum), (0.0, lr), (0.0, decay)))
+        for alike in by_shape.values():
+            buffer = self._momentum_of(alike)
+            gradient = torch.stack([_as_matrix(parameter.grad) for parameter in alike if parameter.grad is not None])
+            if found_inf is not None:
+                gradient = torch.where(skip, 0.0, gradient)
+            buffer.mul_(momentum).add_(gradient)
+            direction = orthogonalise(gradient.add_(buffer * group["momentum"]))
+            change = direction.mul_(lr * (0.2 * math.sqrt(max(direction.shape[1:]))))
+            if group["weight_decay"]:
+                torch._foreach_mul_(alike, 1 - decay)
+            torch._foreach_sub_(alike, [_as_tensor(row, alike[0]) for row in change])
+
+    def _momentum_of(self, alike: list[Tensor]) -> Tensor:
+        """Return the momentum of tensors of one shape as matrices, (k, rows, columns), of which their states are views.
+
+        It is made anew where it is not that, as at the first step and after a state was loaded.
+        """
+        buffers = [self._momentum(parameter) for parameter in alike]
+        whole: Tensor | None = buffers[0]._base
+        if whole is None or [b.data_ptr() for b in buffers] != [row.data_ptr() for row in whole]:
+            whole = torch.stack([_as_matrix(buffer) for buffer in buffers])
+            for parameter, row in zip(alike, whole, strict=True):
+                self.state[parameter]["momentum_buffer"] = _as_tensor(row, parameter)
+        return whole
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """Return (rows, columns) of a tensor, without a copy if it is channels_last; a vector is one row.
+
+    Columns are in the order in which channels_last weights lie in memory; orthogonalising does not depend on it.
+    """
+    return x.movedim(1, -1).reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
+
+
+def _as_tensor(matrix: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_as_matrix` for a tensor of the shape of ``like``."""
+    if like.ndim < 2:
+        return matrix.view(like.shape)
+    rows, channels, *rest = like.shape
+    return matrix.view(rows, *rest, channels).movedim(-1, 1)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

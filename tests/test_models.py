@@ -43,6 +43,7 @@ ENCODERS = {
     ("resnet50", 16): 2048,
     ("small_resnet_w16", 32): 64,
     ("small_resnet_w16_d96", 32): 96,
+    ("resnet18_d640", 32): 640,
     ("vit_tiny_patch16_224", 32): 192,
     ("convnext_atto", 16): 320,
     ("mobilenetv3_small_050", 16): 1024,
