@@ -16,10 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_kernels_give_torchs_numbers_in_tritons_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("program", "end"), [("triton_kernels", "all kernels agree"), ("triton_views_kernels", "all views agree")]
+)
+def test_the_kernels_give_torchs_numbers_in_tritons_interpreter(program: str, end: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_kernels"],
+        [sys.executable, "-m", f"tests.{program}"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -28,7 +31,22 @@ def test_the_kernels_give_torchs_numbers_in_tritons_interpreter() -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr
-    assert "all kernels agree" in done.stdout
+    assert end in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would compare the views of compiled kernels")
+def test_on_a_gpu_triton_makes_the_views_of_the_batched_operations() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_views_kernels", "cuda"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all views agree" in done.stdout
 
 
 @pytest.mark.gpu

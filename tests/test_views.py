@@ -656,6 +656,7 @@ def test_description_tells_every_setting() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that CUDA gives the CPU's views without waiting")
 def test_cuda_gives_the_views_of_the_cpu_without_waiting() -> None:
     images, indices = make_images(64, 48, 40), np.arange(64)
