@@ -33,7 +33,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
+from simclr import checkpoint, distributed, evaluation, files, host, launch, losses, memory, runlog
 from simclr.beton import Facts, load_facts
 from simclr.captured import Captured
 from simclr.checkpoint import CheckpointError, CheckpointWriter
@@ -71,7 +71,7 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-@host.refusals_explained()
+@files.refusals_explained()
 def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """Pretrain.
 

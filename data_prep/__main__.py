@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.convert import ConversionError, Storage, convert
-from simclr import beton, host
+from simclr import beton, files, host
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
 _AS_IT_IS = Storage()
@@ -191,14 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sidecar": sidecar,
     }
     try:
-        with host.refusals_explained():
+        with files.refusals_explained():
             tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="python -m data_prep",
                 description="One-time conversion of images to FFCV's .beton.",
                 args=arguments,
             )
-    except (beton.BetonError, ConversionError, host.RefusedError) as error:
+    except (beton.BetonError, ConversionError, files.RefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import simclr
 from simclr import beton
+from simclr.files import explain_write_error
 from simclr.host import usable_cores
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -125,7 +126,7 @@ def convert_all(jobs: Sequence[tuple[Source, Path]], storage: Storage) -> list[t
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConversionError(beton.explain(error, path)) from error
+                raise ConversionError(explain_write_error(error, path)) from error
             try:
                 writer, facts = _write(stack, source, path, storage)
             except UnreadableError as error:

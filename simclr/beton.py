@@ -37,11 +37,10 @@ from typing import IO, Any, Literal, Required, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if sys.platform != "win32":  # an open file cannot be replaced there, which serves the same purpose
-    import fcntl
+from simclr import files
+from simclr.files import PathLike
 
 Encoding = Literal["raw", "jpeg"]
-PathLike = str | os.PathLike[str]
 
 SIDECAR_VERSION = 1
 _BETON_VERSION = 2
@@ -466,7 +465,7 @@ class Writer:
         if encoding not in _MODES.values():
             raise BetonError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
         self.path = Path(path)
-        self._partial = _partial_of(self.path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
         self._encoding: Encoding = encoding
         self._shape = (height, width, 3)
         self._num_images = num_images
@@ -500,7 +499,6 @@ class Writer:
         if not self._committed:  # removed while the lock is held: the next partial file may be another process's
             with suppress(OSError):
                 self._partial.unlink()
-                _partial_of(sidecar_path(self.path)).unlink(missing_ok=True)
         with suppress(OSError):
             self._file.close()
 
@@ -595,8 +593,7 @@ class Writer:
             self._file.write(allocations.tobytes())
             self._file.seek(0)
             self._file.write(header.tobytes() + descriptors.tobytes() + self._metadata.tobytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            files.sync(self._file)
             if hasattr(os, "posix_fadvise"):  # read back from the disk, not from memory
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._facts = describe(self._partial, **about)
@@ -616,16 +613,15 @@ class Writer:
         if self._facts is None:
             raise BetonError(f"{self.path}: commit before finish")
         sidecar = sidecar_path(self.path)
-        partial_sidecar = _write_facts(self.path, self._facts)
-        with self._disk_errors():
+        with self._disk_errors(), files.atomic_write(sidecar) as file:
+            file.write(_facts_as_json(self.path, self._facts))
+            files.sync(file)
             sidecar.unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            files.sync_folder(self.path.parent)
             if sys.platform == "win32":
                 self._file.close()
             self._partial.replace(self.path)
             self._committed = True
-            partial_sidecar.replace(sidecar)
-            _sync_folder(self.path.parent)
 
     def _check_free_space(self) -> None:
         height, width, _ = self._shape
@@ -643,24 +639,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise BetonError(explain(error, self.path)) from error
-
-
-def explain(error: OSError, path: PathLike) -> str:
-    """Says what an operating system's refusal to write ``path`` means and what to do about it."""
-    folder = Path(path).parent
-    advice = {
-        errno.ENOSPC: f"the disk that holds {folder} is full; free some space or write elsewhere",
-        errno.EDQUOT: f"your quota on the disk that holds {folder} is used up; free some space or write elsewhere",
-        errno.EFBIG: "the file would be larger than this process or file system may write",
-        errno.EACCES: f"no permission to write in {folder}",
-        errno.EPERM: f"no permission to write in {folder}",
-        errno.EROFS: f"{folder} is on a read-only file system",
-        errno.ENOENT: f"the folder {folder} does not exist",
-        errno.ENOTDIR: f"{folder} is not a folder",
-        errno.EWOULDBLOCK: "another process is writing this file; wait for it or stop it",
-    }
-    return f"cannot write {path}: {advice.get(error.errno or 0, str(error))}. An existing file was left as it is"
+            raise BetonError(files.explain_write_error(error, self.path)) from error
 
 
 def write(
@@ -823,35 +802,23 @@ def save_facts(path: PathLike, facts: Facts) -> None:
         BetonError: If ``facts`` do not belong to the file, or the sidecar cannot be written.
     """
     check(path, facts)
-    target = sidecar_path(path)
-    partial = _write_facts(path, facts)
+    sidecar = sidecar_path(path)
     try:
-        partial.replace(target)
-        _sync_folder(target.parent)
+        with files.atomic_write(sidecar) as file:
+            file.write(_facts_as_json(path, facts))
     except OSError as error:
-        raise BetonError(explain(error, target)) from error
+        raise BetonError(files.explain_write_error(error, sidecar)) from error
 
 
-def _write_facts(path: PathLike, facts: Facts) -> Path:
-    """Writes the sidecar of ``path`` under another name, safely on the disk, for renaming; returns that name."""
-    target = sidecar_path(path)
-    partial = _partial_of(target)
+def _facts_as_json(path: PathLike, facts: Facts) -> bytes:
     text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
     try:
-        with partial.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, UnicodeEncodeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise BetonError(explain(error, target)) from error
+        return text.encode()
+    except UnicodeEncodeError as error:
         raise BetonError(
-            f"{target}: {text[error.start - 20 : error.end + 20]!r} is not text that UTF-8 can hold, such as the name "
-            "of a folder in another encoding. Give the classes, source and split other names"
+            f"{sidecar_path(path)}: {text[error.start - 20 : error.end + 20]!r} is not text that UTF-8 can hold, such "
+            "as the name of a folder in another encoding. Give the classes, source and split other names"
         ) from error
-    return partial
 
 
 def load_facts(path: PathLike) -> Facts:
@@ -1006,27 +973,11 @@ def _checked_labels(labels: ArrayLike, num_images: int) -> NDArray[np.int64]:
 def _open_exclusively(partial: Path) -> IO[bytes]:
     """Opens a partial file for writing and locks it, so that two processes never fill the same one."""
     file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                raise BlockingIOError(errno.EWOULDBLOCK, "finished by another process in this moment")
-        except OSError:
-            file.close()
-            raise
-    return file
-
-
-def _partial_of(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut, where the operating system offers that."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Without locks (Windows) an open file cannot be replaced, which serves the same purpose.
+        if files.lock(file) and not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "finished by another process in this moment")
+    except OSError:
+        file.close()
+        raise
+    return file
