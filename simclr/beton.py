@@ -24,21 +24,23 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Required, TypedDict, Unpack
+from typing import IO, Annotated, Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from simclr import files
 from simclr.files import PathLike
+from simclr.schema import Count, Must, Size, from_values, require
 
 Encoding = Literal["raw", "jpeg"]
 
@@ -73,6 +75,11 @@ _ALLOCATION = np.dtype([("index", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _METADATA_OFFSET = _HEADER.itemsize + 2 * _DESCRIPTOR.itemsize
 
 
+Quality = Annotated[int, Must(lambda value: 1 <= value <= 100, "1 to 100")]
+Fraction = Annotated[float, Must(lambda value: 0 <= value <= 1, "in [0, 1]")]
+Sha256 = Annotated[str, Must(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
+
+
 class BetonError(ValueError):
     """A .beton file or its sidecar is missing, damaged, stale, or cannot be written."""
 
@@ -105,19 +112,19 @@ class Facts:
     format_version: int
     source: str
     split: str
-    num_images: int
-    height: int
-    width: int
+    num_images: Size
+    height: Size
+    width: Size
     encoding: Encoding
-    jpeg_quality: int | None
+    jpeg_quality: Quality | None
     lossy_source: bool
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    channel_mean: tuple[float, float, float]
-    channel_std: tuple[float, float, float]
-    content_sha256: str
-    file_bytes: int
-    file_sha256: str
+    class_counts: tuple[Count, ...]
+    channel_mean: tuple[Fraction, Fraction, Fraction]
+    channel_std: tuple[Fraction, Fraction, Fraction]
+    content_sha256: Sha256
+    file_bytes: Size
+    file_sha256: Sha256
     written_by: dict[str, str]
 
     @property
@@ -844,7 +851,7 @@ def load_facts(path: PathLike) -> Facts:
             f"For a .beton file that FFCV's own DatasetWriter made: python -m data_prep sidecar {path} --help"
         )
     try:
-        entries = json.loads(sidecar.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        entries = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BetonError(f"{sidecar}: not a readable sidecar: {error}. {_HOW_TO_CONVERT}") from error
     try:
@@ -854,64 +861,13 @@ def load_facts(path: PathLike) -> Facts:
 
 
 def _facts_from(entries: Any) -> Facts:
-    if not isinstance(entries, dict):
-        raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
-    if entries.get("format_version") != SIDECAR_VERSION:
+    if isinstance(entries, dict):
         version = entries.get("format_version")
-        raise ValueError(f"format_version is {version!r}, this version of the code reads {SIDECAR_VERSION}")
-    if unknown := sorted(entries.keys() - _IS_VALID.keys()):
-        raise ValueError(f"unknown entries {unknown}")
-    if missing := sorted(_IS_VALID.keys() - entries.keys()):
-        raise ValueError(f"missing entries {missing}")
-    for name, is_valid in _IS_VALID.items():
-        if not is_valid(entries[name]):
-            raise ValueError(f"{name} is {entries[name]!r}, which is not possible")
-    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
-    facts = Facts(**values)
+        require(version == SIDECAR_VERSION, "format_version", version, f"{SIDECAR_VERSION}, which this code reads")
+    facts = from_values(Facts, entries)
     if len(facts.class_counts) != facts.num_classes or sum(facts.class_counts) > facts.num_images:
         raise ValueError(f"class_counts {facts.class_counts} do not fit {facts.num_classes} classes")
     return facts
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _are_channels(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
-
-
-_IS_VALID: dict[str, Callable[[Any], bool]] = {
-    "format_version": _is_size,
-    "source": _is_text,
-    "split": _is_text,
-    "num_images": _is_size,
-    "height": _is_size,
-    "width": _is_size,
-    "encoding": lambda value: value in _MODES.values(),
-    "jpeg_quality": lambda value: value is None or (_is_size(value) and value <= 100),
-    "lossy_source": lambda value: type(value) is bool,
-    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "class_counts": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "channel_mean": _are_channels,
-    "channel_std": _are_channels,
-    "content_sha256": _is_sha256,
-    "file_bytes": _is_size,
-    "file_sha256": _is_sha256,
-    "written_by": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -920,17 +876,13 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 _HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --help (add --force to replace them)"
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
 def _unpack_digest(arguments: bytes) -> str | None:
     """The checksum in a field's arguments; None if they are empty, "" if they are something else."""
     text = arguments.rstrip(b"\0")
     if not text:
         return None
     digest = text.removeprefix(_DIGEST_TAG).decode("ascii", "replace")
-    return digest if text.startswith(_DIGEST_TAG) and _is_sha256(digest) else ""
+    return digest if text.startswith(_DIGEST_TAG) and re.fullmatch("[0-9a-f]{64}", digest) else ""
 
 
 def _content_digest(encoding: str, num_images: int, height: int, width: int) -> hashlib._Hash:

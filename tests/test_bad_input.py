@@ -30,7 +30,7 @@ import train_simclr
 from data_prep import __main__ as data_prep
 from simclr import beton, checkpoint, files, runlog
 from simclr.beton import BetonError
-from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
+from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.models import ModelConfig
 from simclr.runlog import RunLog, read_metrics, without_secrets
@@ -59,8 +59,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         global_batch_size=16,
         epochs=1,
         num_validation=0,
-        loader="memory",
-        views="torch",
+        speed=SpeedConfig(loader="memory", views="torch"),
     )
     return dataclasses.replace(config, **changes)
 
