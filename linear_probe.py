@@ -41,7 +41,7 @@ MOST_TRAINED_ON = 0.1  # share of the test images; with more training images amo
 LARGEST_PIXEL_FEATURES = 4 << 30  # bytes; beyond this the raw-pixel baseline is left out, and that is said
 
 
-@files.refusals_explained()
+@files.explain_refusals()
 def main(config: ProbeConfig) -> Path:
     """Evaluate a pretrained encoder and write the report.
 

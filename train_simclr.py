@@ -70,7 +70,7 @@ FREE_TO_CHANGE = frozenset(
 )
 
 
-@files.refusals_explained()
+@files.explain_refusals()
 def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """Pretrain.
 
@@ -273,7 +273,7 @@ def train(run: Run, log: RunLog) -> None:
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
         for batch in batches(run, epoch, start_step):
-            with memory.explained(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
+            with memory.explain_shortage(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
                 meter.add(*train_step(run, batch))
             progress.step += 1
             run.writer.raise_if_failed()

@@ -181,7 +181,7 @@ class Layout:
 
 
 def sidecar_path(path: PathLike) -> Path:
-    """Where the facts about ``path`` are kept: "x.beton" -> "x.beton.json"."""
+    """Return where the facts about ``path`` are kept: "x.beton" -> "x.beton.json"."""
     return Path(f"{os.fspath(path)}.json")
 
 
@@ -190,7 +190,7 @@ def sidecar_path(path: PathLike) -> Path:
 
 
 def check(path: PathLike, facts: Facts | None = None) -> Layout:
-    """Checks every table of a .beton file, and that ``facts`` belong to it, without reading a pixel.
+    """Check every table of a .beton file, and that ``facts`` belong to it, without reading a pixel.
 
     It takes milliseconds. A changed pixel or JPEG stream passes; ``verify`` is the one that notices.
 
@@ -322,7 +322,7 @@ def _class_counts(path: PathLike, labels: NDArray[np.int64], num_classes: int) -
 
 
 def verify(path: PathLike) -> Facts:
-    """Checks a .beton file, its sidecar, and every byte of it against the sidecar's checksum.
+    """Check a .beton file, its sidecar, and every byte of it against the sidecar's checksum.
 
     Args:
         path: The .beton file.
@@ -349,7 +349,7 @@ def verify(path: PathLike) -> Facts:
 
 
 def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Reads all images and labels into memory, after ``check``.
+    """Read all images and labels into memory, after ``check``.
 
     JPEG streams are decoded with Pillow, in threads. FFCV's own decoder takes libjpeg-turbo's fast settings and
     differs by up to 10 of 255 levels; ``simclr.data`` has FFCV decode to Pillow's pixels. Raw images are equal.
@@ -373,7 +373,7 @@ def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def image_digests(path: PathLike) -> list[bytes]:
-    """One digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
+    """Return one digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
 
     Equal images of equal size have equal digests in any two files of one encoding.
 
@@ -391,7 +391,7 @@ Samples = NDArray[np.uint8] | list[bytes]  # raw: (m, h * w * 3); jpeg: m stream
 
 
 def _chunks(path: PathLike, layout: Layout) -> Iterator[Samples]:
-    """Samples in index order as they are stored, some 32 MiB of pixels at a time."""
+    """Yield samples in index order as they are stored, some 32 MiB of pixels at a time."""
     data: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
     n, pixels = layout.num_images, layout.height * layout.width * 3
     step = max(1, _CHUNK_BYTES // pixels)
@@ -413,7 +413,7 @@ def _chunks(path: PathLike, layout: Layout) -> Iterator[Samples]:
 
 
 def _decode(path: PathLike, layout: Layout, samples: Samples, start: int, out: NDArray[np.uint8]) -> None:
-    """Writes the pixels of ``samples``, the first of which has index ``start``, to ``out`` (m, h, w, 3)."""
+    """Write the pixels of ``samples``, the first of which has index ``start``, to ``out`` (m, h, w, 3)."""
     if isinstance(samples, np.ndarray):
         out[...] = samples.reshape(out.shape)
         return
@@ -454,7 +454,7 @@ class Writer:
     """
 
     def __init__(self, path: PathLike, *, num_images: int, height: int, width: int, encoding: Encoding = "raw") -> None:
-        """Opens the partial file.
+        """Open the partial file.
 
         Args:
             path: The .beton file to be.
@@ -510,7 +510,7 @@ class Writer:
             self._file.close()
 
     def add(self, images: NDArray[np.uint8], labels: ArrayLike) -> None:
-        """Appends raw images.
+        """Append raw images.
 
         Args:
             images: uint8 (m, h, w, 3), RGB.
@@ -526,7 +526,7 @@ class Writer:
         self._append(list(images.reshape(len(images), math.prod(self._shape))), labels)
 
     def add_jpeg(self, streams: Sequence[bytes], labels: ArrayLike) -> None:
-        """Appends JPEG streams.
+        """Append JPEG streams.
 
         Args:
             streams: m complete JPEG files in memory, RGB, of the size that was announced.
@@ -568,7 +568,7 @@ class Writer:
         self._page_used = 0
 
     def finish(self, **about: Unpack[About]) -> Facts:
-        """Completes the partial file, reads it back and compares it with what was added.
+        """Complete the partial file, read it back and compare it with what was added.
 
         Returns:
             The facts that ``commit`` will store.
@@ -609,7 +609,7 @@ class Writer:
         return self._facts
 
     def commit(self) -> None:
-        """Gives the finished file its name and stores its facts, in place of any earlier ones.
+        """Give the finished file its name and store its facts, in place of any earlier ones.
 
         Both lie on the disk, whole, before anything earlier goes. The old sidecar goes first: a crash at any moment
         leaves a complete file, old or new, and either its own sidecar or none.
@@ -661,7 +661,7 @@ def write(
     classes: Sequence[str] | None = None,
     lossy_source: bool = False,
 ) -> Facts:
-    """Writes images that are in memory, and their sidecar; an existing file is replaced once that is complete.
+    """Write images that are in memory, and their sidecar; an existing file is replaced once that is complete.
 
     Args:
         path: The .beton file.
@@ -698,7 +698,7 @@ def write(
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
-    """Compresses one image.
+    """Compress one image.
 
     Args:
         image: uint8 (h, w, 3), RGB.
@@ -746,7 +746,7 @@ class About(TypedDict, total=False):
 
 
 def describe(path: PathLike, **about: Unpack[About]) -> Facts:
-    """Reads a whole .beton file, FFCV's own included, and works out its facts; stores nothing.
+    """Read a whole .beton file, FFCV's own included, and work out its facts; store nothing.
 
     Returns:
         The facts, for ``save_facts``.
@@ -803,7 +803,7 @@ def describe(path: PathLike, **about: Unpack[About]) -> Facts:
 
 
 def save_facts(path: PathLike, facts: Facts) -> None:
-    """Stores the facts about ``path`` beside it, in one step.
+    """Store the facts about ``path`` beside it, in one step.
 
     Raises:
         BetonError: If ``facts`` do not belong to the file, or the sidecar cannot be written.
@@ -829,7 +829,7 @@ def _facts_as_json(path: PathLike, facts: Facts) -> bytes:
 
 
 def load_facts(path: PathLike) -> Facts:
-    """Reads the sidecar of a .beton file.
+    """Read the sidecar of a .beton file.
 
     Args:
         path: The .beton file (not the sidecar).
@@ -877,7 +877,7 @@ _HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --
 
 
 def _unpack_digest(arguments: bytes) -> str | None:
-    """The checksum in a field's arguments; None if they are empty, "" if they are something else."""
+    """Return the checksum in a field's arguments; None if they are empty, "" if they are something else."""
     text = arguments.rstrip(b"\0")
     if not text:
         return None
@@ -896,7 +896,7 @@ def _digest_sample(digest: hashlib._Hash, sample: bytes | NDArray[np.uint8], enc
 
 
 def file_sha256(path: PathLike) -> str:
-    """Checksum of a whole file, in hexadecimal digits."""
+    """Return the checksum of a whole file, in hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -906,7 +906,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _page_size_for(pixels: int) -> int:
-    """A page of at least 8 images, so that at most an eighth of it stays empty, within FFCV's limits."""
+    """Return a page of at least 8 images, so that at most an eighth of it stays empty, within FFCV's limits."""
     size = _SMALLEST_PAGE
     while size < 8 * pixels and size < _LARGEST_PAGE:
         size *= 2
@@ -923,7 +923,7 @@ def _checked_labels(labels: ArrayLike, num_images: int) -> NDArray[np.int64]:
 
 
 def _open_exclusively(partial: Path) -> IO[bytes]:
-    """Opens a partial file for writing and locks it, so that two processes never fill the same one."""
+    """Open a partial file for writing and lock it, so that two processes never fill the same one."""
     file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     try:
         # Without locks (Windows) an open file cannot be replaced, which serves the same purpose.

@@ -112,7 +112,7 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@files.refusals_explained()
+@files.explain_refusals()
 def main(options: Options) -> Path:
     """Export, and return where to."""
     pretrained = checkpoint.load_pretrained(options.run)

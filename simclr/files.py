@@ -38,7 +38,7 @@ class RefusedError(ValueError):
 
 
 @contextlib.contextmanager
-def refusals_explained() -> Iterator[None]:
+def explain_refusals() -> Iterator[None]:
     """Turn the operating system's refusals of rights and space into errors that say what to do.
 
     Raises:

@@ -231,7 +231,7 @@ import resource, sys
 from pathlib import Path
 from simclr import files
 from simclr.runlog import RunLog
-with files.refusals_explained(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
+with files.explain_refusals(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     for step in range(99):
         log.write("train", step=step, loss=0.5)
@@ -288,7 +288,7 @@ from pathlib import Path
 from simclr import files
 from simclr.runlog import RunLog, Status
 folder = Path(sys.argv[1])
-with files.refusals_explained(), Status(folder, is_main=True, step=3, total_steps=99):
+with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=99):
     with RunLog(folder, is_main=True, total_steps=99) as log:
         with open(folder / "other", "wb") as other:
             try:

@@ -444,7 +444,7 @@ def test_a_rank_without_memory_says_what_to_lower_and_the_others_say_why_it_left
 
 
 def test_other_errors_are_not_taken_for_full_memory() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explained(torch.device("cpu"), 12, 2):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explain_shortage(torch.device("cpu"), 12, 2):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 

@@ -48,9 +48,9 @@ def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
 
 
 def test_only_refusals_are_explained() -> None:
-    with pytest.raises(ConnectionResetError), files.refusals_explained():
+    with pytest.raises(ConnectionResetError), files.explain_refusals():
         raise ConnectionResetError(104, "reset")
-    with pytest.raises(files.RefusedError, match=r"x/y: No space left.*free some space"), files.refusals_explained():
+    with pytest.raises(files.RefusedError, match=r"x/y: No space left.*free some space"), files.explain_refusals():
         raise OSError(errno.ENOSPC, "No space left on device", "x/y")
 
 
