@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from tyro.conf import OmitArgPrefixes
 
 from simclr import schema
+from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
 from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
@@ -308,9 +309,7 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
             problems.append(f"they do not fill one batch of global_batch_size {batch}")
         if batch % world_size:
             problems.append(f"global_batch_size {batch} is not divisible by the {world_size} processes")
-        below = min(batch, num_images) // world_size * world_size
-        usable = " or ".join(str(size) for size in (below, below + world_size) if 2 <= size <= num_images)
-        changes.append(f"--global-batch-size {usable}")
+        changes.append(f"--global-batch-size {divisible_batches(batch, world_size, num_images)}")
     if config.num_validation is not None and config.num_validation >= num_images:
         problems.append(f"num_validation {config.num_validation} leaves none of them as neighbours")
         changes.append(f"--num-validation {default_num_validation(num_images)}")

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from simclr import beton
 from simclr.beton import Facts
+from simclr.distributed import divisible_batches
 
 Backend = Literal["ffcv", "memory"]
 BackendChoice = Literal["auto", "ffcv", "memory"]
@@ -122,12 +123,10 @@ class EpochPlan:
         _require_integer("seed", self.seed, 0, 2**64 - 1)
         if not self.drop_last:
             return
-        if remainder := self.global_batch_size % self.world_size:
-            below = self.global_batch_size - remainder
-            usable = [str(size) for size in (below, below + self.world_size) if size > 0]
+        if self.global_batch_size % self.world_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not divisible by world_size {self.world_size}; "
-                f"use {' or '.join(usable)}"
+                f"use {divisible_batches(self.global_batch_size, self.world_size)}"
             )
         if len(indices) < self.global_batch_size:
             raise ValueError(
