@@ -26,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import beton, evaluation, host, launch, report, runlog
+from simclr import beton, evaluation, files, host, launch, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig, default_num_validation
@@ -41,7 +41,7 @@ MOST_TRAINED_ON = 0.1  # share of the test images; with more training images amo
 LARGEST_PIXEL_FEATURES = 4 << 30  # bytes; beyond this the raw-pixel baseline is left out, and that is said
 
 
-@host.refusals_explained()
+@files.explain_refusals()
 def main(config: ProbeConfig) -> Path:
     """Evaluate a pretrained encoder and write the report.
 

@@ -33,11 +33,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, host, launch, losses, memory, runlog
+from simclr import checkpoint, distributed, evaluation, files, host, launch, losses, memory, runlog
 from simclr.beton import Facts, load_facts
 from simclr.captured import Captured
 from simclr.checkpoint import CheckpointError, CheckpointWriter
-from simclr.config import Derived, TrainConfig, derive, from_json, to_json
+from simclr.command_line import parse_train_config
+from simclr.config import Derived, SpeedConfig, TrainConfig, derive, flattened, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError, Features
 from simclr.feed import ViewFeed
@@ -53,7 +54,6 @@ from simclr.optim import (
     set_learning_rate,
 )
 from simclr.peers import START_SECONDS, LostPeerError, Peers
-from simclr.presets import parse_train_config
 from simclr.recompute import recompute_blocks, require_independent_images
 from simclr.runlog import RunLog, Status
 from simclr.tiled import unit_rows
@@ -63,15 +63,14 @@ MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less 
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
-    {"name", "data", "output", "resume", "stop_at_step", "loader", "world_size", "tracker"}
+    {"name", "data", "output", "resume", "stop_at_step", "world_size", "tracker"}
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
-    | {"allow_changed", "timeout_seconds", "on_nonfinite", "micro_batch_size", "recompute", "views"}
-    | {"compile"}
-    | {"loss.nt_xent_form", "loss.kernels"}
+    | {"allow_changed", "timeout_seconds", "on_nonfinite"}
+    | {f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)}
 )
 
 
-@host.refusals_explained()
+@files.explain_refusals()
 def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     """Pretrain.
 
@@ -105,7 +104,7 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
-    with open_images(config.data, backend=config.loader, device=accelerator.device) as source:
+    with open_images(config.data, backend=config.speed.loader, device=accelerator.device) as source:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
@@ -120,7 +119,7 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
             config.view_2,
             seed=config.seed,
             view_stages=config.view_stages,
-            choice=config.views,
+            choice=config.speed.views,
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
         )
@@ -194,18 +193,18 @@ def prepare_model(
     plain_model = SimCLR(config.model, size)
     for side, _ in config.view_sizes:
         plain_model.require_size(side)
-    if config.micro_batch_size is not None:
+    if config.speed.micro_batch_size is not None:
         require_independent_images(plain_model)
     if derived.world_size > 1 and config.global_batch_norm:
         use_global_batch_norm(plain_model, accelerator.device)
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
-    if config.recompute:
+    if config.speed.recompute:
         recompute_blocks(plain_model)
-    if config.compile.startswith("graph"):
+    if config.speed.compile.startswith("graph"):
         torch.backends.cudnn.benchmark = True  # shapes are fixed, and the fastest kernels are found before capture
-    if config.compile in {"default", "reduce-overhead", "graph-compiled"}:
+    if config.speed.compile in {"default", "reduce-overhead", "graph-compiled"}:
         # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
-        mode = "default" if config.compile == "graph-compiled" else config.compile
+        mode = "default" if config.speed.compile == "graph-compiled" else config.speed.compile
         plain_model.compile(mode=mode, dynamic=False)
     optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
     with warnings.catch_warnings():
@@ -274,7 +273,7 @@ def train(run: Run, log: RunLog) -> None:
     while progress.step < stop:
         epoch, start_step = divmod(progress.step, derived.steps_per_epoch)
         for batch in batches(run, epoch, start_step):
-            with memory.explained(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
+            with memory.explain_shortage(run.accelerator.device, derived.per_device_batch_size, derived.world_size):
                 meter.add(*train_step(run, batch))
             progress.step += 1
             run.writer.raise_if_failed()
@@ -334,9 +333,9 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Update the weights; return loss, norms of the gradients, z1 and z2. The learning rate is set before."""
     config = run.config
     run.guard.begin()
-    if config.compile == "reduce-overhead":
+    if config.speed.compile == "reduce-overhead":
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # all passes belong to one step
-    passes = whole_batch if config.micro_batch_size is None else in_micro_batches
+    passes = whole_batch if config.speed.micro_batch_size is None else in_micro_batches
     loss, z1, z2 = passes(run, views)
     run.accelerator.unscale_gradients(run.optimizer)
     norms = run.guard.gradient_norms()
@@ -356,7 +355,7 @@ def batches(run: Run, epoch: int, start_step: int) -> Iterator[Tensor | tuple[Te
 
 def capture(run: Run) -> Captured | None:
     """Return the step of a run as a CUDA graph, views included, if that is how it is computed."""
-    if not run.config.compile.startswith("graph"):
+    if not run.config.speed.compile.startswith("graph"):
         return None
     return Captured(
         lambda *recipe: update(run, run.feed.make(*recipe)),
@@ -372,8 +371,8 @@ def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same with some images at a time in the encoder: see :mod:`simclr.recompute`."""
-    assert run.config.micro_batch_size is not None
-    model, parts = run.plain_model, torch.split(views, 2 * run.config.micro_batch_size)
+    assert run.config.speed.micro_batch_size is not None
+    model, parts = run.plain_model, torch.split(views, 2 * run.config.speed.micro_batch_size)
     with run.accelerator.autocast():
         with torch.no_grad():
             h = torch.cat([model.encoder(part) for part in parts])
@@ -381,7 +380,7 @@ def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z1, z2 = torch.cat([model.projector(group) for group in normalised_together(run, h)]).chunk(2)
     loss = loss_and_backward(run, z1, z2)
     assert h.grad is not None
-    for part, gradient in zip(parts, torch.split(h.grad, 2 * run.config.micro_batch_size), strict=True):
+    for part, gradient in zip(parts, torch.split(h.grad, 2 * run.config.speed.micro_batch_size), strict=True):
         with run.accelerator.autocast():
             again = model.encoder(part)
         torch.autograd.backward(again, gradient)
@@ -402,17 +401,12 @@ def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
             z1,
             z2,
             temperature=config.temperature,
-            form=config.nt_xent_form,
-            kernels=config.kernels,
+            form=run.config.speed.nt_xent_form,
+            kernels=run.config.speed.kernels,
             bf16_matmul=config.bf16_matmul,
         )
     else:
-        loss = losses.barlow_twins(
-            z1,
-            z2,
-            off_diagonal_weight=config.off_diagonal_weight,
-            centre=config.centre,
-        )
+        loss = losses.barlow_twins(z1, z2, off_diagonal_weight=config.off_diagonal_weight)
     loss = loss * config.scale
     run.accelerator.backward(loss)
     return loss
@@ -425,7 +419,6 @@ def learning_rate(config: TrainConfig, derived: Derived, step: int) -> float:
         peak=derived.peak_learning_rate,
         total_steps=derived.total_steps,
         warmup_steps=derived.warmup_steps,
-        final_fraction=config.optimizer.final_learning_rate,
     )
 
 
@@ -644,7 +637,7 @@ def statement(config: TrainConfig) -> dict[str, str]:
     facts, device = load_facts(config.data), PartialState().device
     settings = {key: str(value) for key, value in _flat(json.loads(to_json(config))).items()}
     # Where the images lie and who reads them may differ; what they are may not.
-    return {key: value for key, value in settings.items() if key not in {"data", "loader"}} | {
+    return {key: value for key, value in settings.items() if key not in {"data", "speed.loader"}} | {
         "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
         "the code": launch.fingerprint_of_code(Path(__file__)),
         "the device": device.type,
@@ -829,15 +822,12 @@ def _is_allowed(key: str, allowed: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """Return nested dicts as one, with dotted keys and values that any tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in flattened(values).items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -864,9 +854,9 @@ def say_start(
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
-    if config.compile != "none":
-        print(f"compile:    {config.compile}, as configured, for fixed shapes; the first step waits for it")
-    if config.recompute:
+    if config.speed.compile != "none":
+        print(f"compile:    {config.speed.compile}, as configured, for fixed shapes; the first step waits for it")
+    if config.speed.recompute:
         print("recompute:  the encoder's blocks, again in the backward pass")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
     print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
@@ -902,8 +892,8 @@ def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -
         derived.per_device_batch_size,
         device,
         parameter_dtype(config),
-        form=loss.nt_xent_form,
-        kernels=loss.kernels,
+        form=config.speed.nt_xent_form,
+        kernels=config.speed.kernels,
         bf16_matmul=loss.bf16_matmul,
     )
     return f"{choice.form} ({choice.reason}){f', {choice.kernels} kernels' if choice.form == 'tiled' else ''}"

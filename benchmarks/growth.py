@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.pipeline import CORES, SPEC, Stream
 from benchmarks.step import open_run
 from simclr import host
-from simclr.config import TrainConfig
+from simclr.config import SpeedConfig, TrainConfig
 from simclr.data import open_images
 from simclr.fused_views import FusedViews
 from simclr.presets import PRESETS
@@ -117,7 +117,7 @@ def step_maker(
     config = dataclasses.replace(
         config,
         data=output / "noise.beton",
-        loader="memory",
+        speed=SpeedConfig(loader="memory"),
         output=output,
         global_batch_size=at["batch size"],
         view_sizes=(),

@@ -82,8 +82,8 @@ def _child() -> None:
     """Run the program with a clock around its parts."""
     launched = float(os.environ["LAUNCHED"])
     import train_simclr
+    from simclr.command_line import parse_train_config
     from simclr.feed import ViewFeed
-    from simclr.presets import parse_train_config
 
     seconds = {"imports": time.time() - launched}
 

@@ -31,7 +31,7 @@ import train_simclr
 from benchmarks import common
 from simclr import host
 from simclr.checkpoint import CheckpointWriter
-from simclr.config import TrainConfig, derive
+from simclr.config import SpeedConfig, TrainConfig, derive
 from simclr.data import EpochPlan, open_images
 from simclr.feed import AHEAD, Ahead, ViewFeed
 from simclr.finite import Guard
@@ -65,7 +65,7 @@ def main() -> None:
         config = dataclasses.replace(
             config,
             data=Path(folder, "noise.beton"),
-            loader="memory",
+            speed=SpeedConfig(loader="memory"),
             output=Path(folder),
             global_batch_size=batch_size,
             model=dataclasses.replace(config.model, encoder=encoder),
@@ -104,7 +104,7 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
     print(f"precision of {OURS}: {precision}")
     device = accelerator.device
     source = stack.enter_context(
-        open_images(config.data, backend=config.loader, device=device if on_device else torch.device("cpu"))
+        open_images(config.data, backend=config.speed.loader, device=device if on_device else torch.device("cpu"))
     )
     derived = derive(config, source.facts.num_images, 1)
     plain, model, optimizer = train_simclr.prepare_model(config, derived, source.facts.height, accelerator)

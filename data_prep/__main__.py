@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.convert import ConversionError, Storage, convert
-from simclr import beton, host
+from simclr import beton, files, host
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
 _AS_IT_IS = Storage()
@@ -115,7 +115,7 @@ def shapes(
     preview: Path | None = None,
     storage: Stored = _AS_IT_IS,
 ) -> None:
-    """The built-in demonstration: 32 x 32 images of ten kinds of shape, drawn from a seed. Needs no download.
+    """Draw the built-in demonstration from a seed: 32 x 32 images of ten kinds of shape. Needs no download.
 
     Args:
         output: Folder for train.beton and test.beton.
@@ -139,7 +139,7 @@ def shapes(
 
 
 def inspect(file: tyro.conf.Positional[Path], verify: bool = False) -> None:
-    """Prints the facts about a .beton file, after checking that they belong to it.
+    """Print the facts about a .beton file, after checking that they belong to it.
 
     Args:
         file: The .beton file.
@@ -160,7 +160,7 @@ def sidecar(
     lossy_source: bool = False,
     force: bool = False,
 ) -> None:
-    """Makes the sidecar of a .beton file that FFCV's own DatasetWriter wrote.
+    """Make the sidecar of a .beton file that FFCV's own DatasetWriter wrote.
 
     The file needs one RGBImageField "image" and one IntField "label", and images of one size and encoding.
 
@@ -180,7 +180,7 @@ def sidecar(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; user errors end it with a message and exit code 1."""
+    """Run one command; user errors end it with a message and exit code 1."""
     commands: dict[str, Callable[..., Any]] = {
         "cifar10": cifar10,
         "cifar100": cifar100,
@@ -191,14 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sidecar": sidecar,
     }
     try:
-        with host.refusals_explained():
+        with files.explain_refusals():
             tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog="python -m data_prep",
                 description="One-time conversion of images to FFCV's .beton.",
                 args=arguments,
             )
-    except (beton.BetonError, ConversionError, host.RefusedError) as error:
+    except (beton.BetonError, ConversionError, files.RefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import simclr
 from simclr import beton
+from simclr.files import explain_write_error
 from simclr.host import usable_cores
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -84,18 +85,18 @@ class Storage:
 
 
 def convert(source: Source, path: Path, storage: Storage) -> beton.Facts:
-    """Writes one split, and says so; as ``convert_all``, which see.
+    """Write one split, and say so; see ``convert_all``.
 
     Returns:
         The facts about the file.
     """
-    ((facts, said),) = convert_all([(source, path)], storage)
-    print(said)
+    ((facts, outcome),) = convert_all([(source, path)], storage)
+    print(outcome)
     return facts
 
 
 def convert_all(jobs: Sequence[tuple[Source, Path]], storage: Storage) -> list[tuple[beton.Facts, str]]:
-    """Writes splits, reads them back, compares, and only when all are complete gives the files their names.
+    """Write splits, read them back, compare, and give the files their names once all are complete.
 
     Files that are already there stay as they are until then. They also stay if they are the same, or if one differs
     and ``storage.force`` is not set.
@@ -125,17 +126,17 @@ def convert_all(jobs: Sequence[tuple[Source, Path]], storage: Storage) -> list[t
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConversionError(beton.explain(error, path)) from error
+                raise ConversionError(explain_write_error(error, path)) from error
             try:
                 writer, facts = _write(stack, source, path, storage)
             except UnreadableError as error:
                 unreadable |= error.reasons
                 continue
-            said = f"{path}: already there and the same ({_summary(facts)})"
+            outcome = f"{path}: already there and the same ({_summary(facts)})"
             if not _is_there(path, facts, storage):
                 writers.append(writer)
-                said = f"{path}: written, read back and compared ({_summary(facts)})"
-            done.append((facts, said))
+                outcome = f"{path}: written, read back and compared ({_summary(facts)})"
+            done.append((facts, outcome))
         if unreadable:
             raise UnreadableError(unreadable)
         for writer in writers:
@@ -144,7 +145,7 @@ def convert_all(jobs: Sequence[tuple[Source, Path]], storage: Storage) -> list[t
 
 
 def _write(stack: ExitStack, source: Source, path: Path, storage: Storage) -> tuple[beton.Writer, beton.Facts]:
-    """Writes all but the name of one file; ``stack`` then holds what removes it again unless it is committed."""
+    """Write all but the name of one file; ``stack`` then holds what removes it again unless it is committed."""
     chunks = source.chunks()
     first = next(chunks)
     _, height, width, _ = first[0].shape
@@ -202,7 +203,7 @@ def _same_by_description(source: Source, path: Path, storage: Storage) -> beton.
 
 
 def _difference(path: Path, new: beton.Facts) -> str | None:
-    """What distinguishes the file that is there from the new one; None if nothing, "" if only its sidecar is lost."""
+    """Return how the file that is there differs from the new one; None if not, "" if only its sidecar is lost."""
     try:
         old = beton.verify(path)
     except beton.BetonError as error:
@@ -226,7 +227,7 @@ def _summary(facts: beton.Facts) -> str:
 
 
 def map_in_order(pool: Executor, function: Callable[[T], R], items: Sequence[T], size: int) -> Iterator[list[R]]:
-    """Applies ``function`` in a pool and yields the results ``size`` at a time, in the order of ``items``.
+    """Apply ``function`` in a pool and yield the results ``size`` at a time, in the order of ``items``.
 
     At most two chunks are under way, so that memory stays bounded however many items there are.
     """

@@ -58,7 +58,7 @@ class Tree:
     labels: NDArray[np.int64]
 
     def without(self, bad: set[Path]) -> Tree:
-        """The same without the images ``bad``.
+        """Return the same without the images ``bad``.
 
         Raises:
             ConversionError: If none of a class would be left.
@@ -94,7 +94,7 @@ class _Row(NamedTuple):
 
 
 def find(root: Path, test_fraction: float | None = None) -> Found:
-    """Finds the images of a folder, or of a CSV file that lists them.
+    """Find the images of a folder, or of a CSV file that lists them.
 
     Args:
         root: A folder of images, with one folder per class or without; or one with ``train``, ``test`` and the like
@@ -109,7 +109,7 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
     found = Found()
     if root.suffix.lower() == ".csv" and root.is_file():
         rows, folder, name = _rows_of_list(root, found), root.parent, root.stem
-        described = dict.fromkeys({row.split for row in rows}, f"image list {shown(root.name)}")
+        described = dict.fromkeys({row.split for row in rows}, f"image list {as_text(root.name)}")
     elif root.is_dir():
         rows, folders = _rows_of_folder(root, found)
         folder, name = root, root.resolve().name
@@ -120,7 +120,7 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
     if folder != root and all(label.isdecimal() for label in classes):  # of a list: 2 before 10
         classes.sort(key=int)
     if not all(described):
-        name = _SPLIT_OF.get(name.lower(), shown(name))
+        name = _SPLIT_OF.get(name.lower(), as_text(name))
         rows = [row._replace(split=name) for row in rows]
         described = {name: described[""]}
     if test_fraction is not None:
@@ -131,16 +131,16 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         chosen = [row for row in rows if row.split == split]
         paths = tuple(folder / row.path for row in chosen)
         labels = np.array([-1 if row.label is None else index[row.label] for row in chosen], np.int64)
-        names = tuple(map(shown, classes)) if (labels >= 0).any() else ()
+        names = tuple(map(as_text, classes)) if (labels >= 0).any() else ()
         found.splits[split] = Tree(described[split], names, paths, labels)
-    if escaped := [shown(label) for label in classes if shown(label) != label]:
+    if escaped := [as_text(label) for label in classes if as_text(label) != label]:
         found.remarks.append(f"stored with escapes, as the names are not UTF-8: {some(escaped)}")
     _remark(found)
     return found
 
 
 def _common_classes(root: Path, rows: list[_Row]) -> list[str]:
-    """The classes, which all splits must share but the one that is called unlabeled."""
+    """Return the classes, which all splits must share but the one that is called unlabeled."""
     of_split: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         if row.split != "unlabeled":
@@ -177,7 +177,7 @@ def _remark(found: Found) -> None:
 
 
 def _draw_test(rows: list[_Row], fraction: float, described: dict[str, str], found: Found) -> list[_Row]:
-    """Moves a part of each class from the training images to a split of their own."""
+    """Move a part of each class from the training images to a split of their own."""
     if not 0 < fraction < 1:
         raise ConversionError(f"--test-fraction must lie between 0 and 1, got {fraction}")
     if "test" in described or ("train" not in described and len(described) > 1):
@@ -220,7 +220,7 @@ class _Walk:
 
 
 def _walk(root: Path, found: Found) -> _Walk:
-    """Lists everything below ``root``. Links are followed; each folder is listed once, under its own name if it can."""
+    """List everything below ``root``. Links are followed; each folder is listed once, under its own name if it can."""
     walk, suffixes, seen = _Walk(), readable_suffixes(), set[tuple[int, int]]()
     folders, links, hidden = queues = [deque[tuple[str, ...]]() for _ in range(3)]
     folders.append(())
@@ -232,11 +232,11 @@ def _walk(root: Path, found: Found) -> _Walk:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if queue is hidden:
-                found.left_out["hidden folders that cannot be listed", shown(parts[-1])] += 1
+                found.left_out["hidden folders that cannot be listed", as_text(parts[-1])] += 1
                 continue
-            raise ConversionError(f"cannot list {shown(folder)}: {error.strerror}") from error
+            raise ConversionError(f"cannot list {as_text(folder)}: {error.strerror}") from error
         if (status.st_dev, status.st_ino) in seen:
-            found.left_out[_TAKEN, shown(parts[-1])] += 1
+            found.left_out[_TAKEN, as_text(parts[-1])] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
         kind_of_folder = next(filter(None, map(_kind_of_name, parts)), None)
@@ -251,7 +251,7 @@ def _walk(root: Path, found: Found) -> _Walk:
                 found.left_out[kind, "@eaDir, Thumbs.db and the like"] += 1
             elif _suffix(entry.name) in suffixes and (entry.is_file() or is_link):
                 if kind:
-                    found.left_out[kind, shown(next(filter(_kind_of_name, inside)))] += 1
+                    found.left_out[kind, as_text(next(filter(_kind_of_name, inside)))] += 1
                 else:
                     walk.images.append((parts, entry.name))
             elif kind:
@@ -259,7 +259,7 @@ def _walk(root: Path, found: Found) -> _Walk:
             else:
                 walk.others.append((parts, entry.name))
     for _, name in walk.others:
-        found.left_out[way_out(_suffix(name)) or _NO_IMAGES, shown(_suffix(name)) or "no suffix"] += 1
+        found.left_out[way_out(_suffix(name)) or _NO_IMAGES, as_text(_suffix(name)) or "no suffix"] += 1
     return walk
 
 
@@ -271,13 +271,13 @@ def _kind_of_name(name: str) -> str | None:
 
 
 def _rows_of_folder(root: Path, found: Found) -> tuple[list[_Row], dict[str, Path]]:
-    """The images below ``root``, and the folder of each split; its only key is "" if the whole is one split."""
+    """Return the images below ``root``, and each split's folder; its only key is "" if the whole is one split."""
     walk = _walk(root, found)
     if not walk.images:
         there = "; ".join(
             f"{number:,} {kind} ({name})" for (kind, name), number in found.left_out.most_common(_MOST_NAMED)
         )
-        raise ConversionError(f"{shown(root)} holds no images that can be taken, only: {there or 'no files at all'}")
+        raise ConversionError(f"{as_text(root)} holds no images that can be taken, only: {there or 'no files at all'}")
     folders: dict[str, tuple[str, ...]] = {split: (name,) for name, split in _splits_among(root, walk, found).items()}
     folders = folders or {"": ()}
     rows = [row for split, place in folders.items() for row in _rows_of_split(root, walk, place, split, found)]
@@ -293,14 +293,14 @@ def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:
     alike = [name for name in others if _LIKE_SPLITS.intersection(re.findall("[a-z]+", name.lower()))]
     usual = f"Splits are folders called {', '.join(_SPLIT_OF)}. Rename it, or list the images in a .csv (see --help)"
     if alike and (splits or alike == others):
-        raise ConversionError(f"{shown(root)}: {some(alike)} looks like a split, but has no usual name. {usual}")
+        raise ConversionError(f"{as_text(root)}: {some(alike)} looks like a split, but has no usual name. {usual}")
     if len(set(splits.values())) < len(splits):
-        raise ConversionError(f"{shown(root)}: two of {some(splits)} are the same split. Merge or remove one")
+        raise ConversionError(f"{as_text(root)}: two of {some(splits)} are the same split. Merge or remove one")
     if len(splits) == 1 and others:
         (name,) = splits
         if name.lower() != "train" or any(len(parts) > 1 for parts in walk.folders if parts[:1] == (name,)):
             raise ConversionError(
-                f"{shown(root)}: {name!r} may be a split, or a class like {some(others)} beside it. {usual}"
+                f"{as_text(root)}: {name!r} may be a split, or a class like {some(others)} beside it. {usual}"
             )
         alike, splits = [name], {}  # the vehicle
     if not splits:
@@ -309,22 +309,22 @@ def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:
         return {}
     if "train" not in splits.values():
         raise ConversionError(
-            f"{shown(root)} has the split {' and '.join(splits)} but no train. Add it, or convert one split alone: "
-            f"--root {shown(root / next(iter(splits)))} --output FILE.beton"
+            f"{as_text(root)} has the split {' and '.join(splits)} but no train. Add it, or convert one split alone: "
+            f"--root {as_text(root / next(iter(splits)))} --output FILE.beton"
         )
     for name in splits:
         if not counts[name]:
             there = _what_is_there([other for other in walk.others if other[0][:1] == (name,)])
-            raise ConversionError(f"{shown(root)}: no images in the split {name!r}. {there}")
+            raise ConversionError(f"{as_text(root)}: no images in the split {name!r}. {there}")
     for name in others:
-        found.left_out[_BESIDE, shown(name)] += counts[name]
+        found.left_out[_BESIDE, as_text(name)] += counts[name]
     if loose := sum(not parts for parts, _ in walk.images):
         found.left_out[_BESIDE, "in no folder"] += loose
     return splits
 
 
 def _rows_of_split(root: Path, walk: _Walk, place: tuple[str, ...], split: str, found: Found) -> list[_Row]:
-    """The images below one folder, which are a class tree or without classes, in torchvision's order."""
+    """Return the images below one folder, a class tree or without classes, in torchvision's order."""
     folder, depth = root.joinpath(*place), len(place)
     images = [(parts[depth:], name) for parts, name in walk.images if parts[:depth] == place]
     in_class = Counter(parts[0] for parts, _ in images if parts)
@@ -334,11 +334,11 @@ def _rows_of_split(root: Path, walk: _Walk, place: tuple[str, ...], split: str, 
     else:
         if loose > in_class.total():
             raise ConversionError(
-                f"{shown(folder)}: {loose:,} images lie beside the folders and {in_class.total():,} in them, so it is "
+                f"{as_text(folder)}: {loose:,} images lie beside the folders and {in_class.total():,} in them: it is "
                 "not clear whether the folders are classes. Move the ones or the others, or list them in a .csv"
             )
         if loose:
-            found.left_out[_LOOSE, shown(folder.name)] += loose
+            found.left_out[_LOOSE, as_text(folder.name)] += loose
         _check_classes(folder, walk, place, in_class)
         images = [image for image in images if image[0]]
     images.sort(key=lambda image: (image[0][:1], "/".join(image[0]), image[1]))
@@ -350,17 +350,17 @@ def _check_classes(folder: Path, walk: _Walk, place: tuple[str, ...], in_class: 
     below = sorted(parts[len(place) :] for parts in walk.folders if parts[: len(place)] == place)
     if empty := [parts[0] for parts in below if len(parts) == 1 and not in_class[parts[0]]]:
         there = _what_is_there([other for other in walk.others if other[0][: len(place) + 1] == (*place, empty[0])])
-        raise ConversionError(f"{shown(folder)}: no images in class {some(empty)}. {there}")
+        raise ConversionError(f"{as_text(folder)}: no images in class {some(empty)}. {there}")
     if splits := [parts for parts in below if len(parts) == 2 and parts[1].lower() in _SPLIT_OF]:
         raise ConversionError(
-            f"{shown(folder)}: {some('/'.join(parts) for parts in splits)} looks like a split inside of a class. If "
-            f"the splits are meant: --root {shown(folder / splits[0][0])}. Otherwise list the images in a .csv"
+            f"{as_text(folder)}: {some('/'.join(parts) for parts in splits)} looks like a split inside of a class. If "
+            f"the splits are meant: --root {as_text(folder / splits[0][0])}. Otherwise list the images in a .csv"
         )
 
 
 def _what_is_there(others: list[tuple[tuple[str, ...], str]]) -> str:
     kinds = Counter(_suffix(name) for _, name in others)
-    there = ", ".join(f"{shown(suffix) or 'no suffix'} {n:,}" for suffix, n in kinds.most_common(_MOST_NAMED))
+    there = ", ".join(f"{as_text(suffix) or 'no suffix'} {n:,}" for suffix, n in kinds.most_common(_MOST_NAMED))
     ways = {way for suffix in kinds if (way := way_out(suffix))}
     return "; ".join([f"Add images or remove the folder; it holds {there or 'no files'}", *sorted(ways)])
 
@@ -370,7 +370,7 @@ def _what_is_there(others: list[tuple[tuple[str, ...], str]]) -> str:
 
 
 def _rows_of_list(file: Path, found: Found) -> list[_Row]:
-    """The images that a CSV file lists; those that are not there are found when they are to be read."""
+    """Return the images that a CSV file lists; those that are not there are noticed when they are read."""
     rows: list[_Row] = []
     wrong: list[str] = []
     lines: dict[str, int] = {}
@@ -382,8 +382,8 @@ def _rows_of_list(file: Path, found: Found) -> list[_Row]:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if "path" not in reader.fieldnames:
             raise ConversionError(
-                f"{file}: no column 'path', only {some(map(shown, reader.fieldnames))}. Its first line should name the "
-                "columns: path, and label and split if there are any"
+                f"{file}: no column 'path', only {some(map(as_text, reader.fieldnames))}. Its first line should name "
+                "the columns: path, and label and split if there are any"
             )
         if others := [name for name in reader.fieldnames if name not in ("path", "label", "split")]:
             found.remarks.append(f"columns that are not read: {some(others)}; those that are: path, label, split")
@@ -395,15 +395,15 @@ def _rows_of_list(file: Path, found: Found) -> list[_Row]:
             elif not path:
                 wrong.append(f"line {reader.line_num}: no path")
             elif line != reader.line_num:
-                wrong.append(f"line {reader.line_num}: {shown(path)} stands in line {line} too")
+                wrong.append(f"line {reader.line_num}: {as_text(path)} stands in line {line} too")
             elif "split" in reader.fieldnames and split not in _SPLIT_OF:
                 wrong.append(f"line {reader.line_num}: split {split!r} is none of {', '.join(_SPLIT_OF)}")
             else:
                 split = _SPLIT_OF.get(split, "")
                 rows.append(_Row(path, (label or "").strip() or None if split != "unlabeled" else None, split))
     if wrong or not rows:
-        listed = "".join(f"\n  {line}" for line in wrong[:1000])
-        raise ConversionError(f"{file}: {len(wrong):,} lines cannot be used, and {len(rows):,} can:{listed}")
+        unusable = "".join(f"\n  {line}" for line in wrong[:1000])
+        raise ConversionError(f"{file}: {len(wrong):,} lines cannot be used, and {len(rows):,} can:{unusable}")
     return rows
 
 
@@ -411,14 +411,14 @@ def _rows_of_list(file: Path, found: Found) -> list[_Row]:
 # Names
 
 
-def shown(name: str | Path) -> str:
-    r"""A name as text that can be printed and stored: bytes that are not UTF-8 become \xNN."""
+def as_text(name: str | Path) -> str:
+    r"""Return a name as text that can be printed and stored: bytes that are not UTF-8 become \xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def some(names: Iterable[str]) -> str:
-    """The first ten names, for a message."""
-    names = [f"'{shown(name)}'" for name in names]
+    """Return the first ten names, for a message."""
+    names = [f"'{as_text(name)}'" for name in names]
     rest = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -430,4 +430,4 @@ def _suffix(name: str) -> str:
 
 def _last_two(folder: Path) -> str:
     folder = folder.resolve()
-    return shown(f"{folder.parent.name}/{folder.name}")
+    return as_text(f"{folder.parent.name}/{folder.name}")

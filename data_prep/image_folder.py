@@ -21,7 +21,7 @@ from data_prep.convert import (
     convert_all,
     map_in_order,
 )
-from data_prep.find import Found, Tree, find, shown
+from data_prep.find import Found, Tree, as_text, find
 from data_prep.read_image import Loaded, load
 from simclr.host import usable_cores
 
@@ -34,7 +34,7 @@ _MOST_NAMED = 4
 def convert_found(
     found: Found, output: Path, resolution: int | None, unreadable: Literal["refuse", "skip"], storage: Storage
 ) -> str:
-    """Converts all splits that were found.
+    """Convert all splits that were found.
 
     Args:
         found: What is to be converted; what turns out to be unreadable is added to what is left out.
@@ -60,7 +60,7 @@ def convert_found(
         sources = [image_folder(tree, split, resolution) for split, tree in trees.items()]
         jobs = [(source, output if is_file else output / f"{source.split}.beton") for source in sources]
         try:
-            stored = [said for _, said in convert_all(jobs, storage)]
+            stored = [outcome for _, outcome in convert_all(jobs, storage)]
             break
         except UnreadableError as error:
             reasons |= error.reasons
@@ -75,7 +75,7 @@ def convert_found(
 
 
 def image_folder(images: Tree | Path, split: str, resolution: int | None = None) -> Source:
-    """The images of one split as a source, the right way up by their EXIF orientation.
+    """Return the images of one split as a source, the right way up by their EXIF orientation.
 
     Args:
         images: What ``find`` found; or a folder with one folder per class.
@@ -98,7 +98,7 @@ def image_folder(images: Tree | Path, split: str, resolution: int | None = None)
 
 
 def scan(root: Path) -> Tree:
-    """The images of a folder that is one split.
+    """Return the images of a folder that is one split.
 
     Raises:
         ConversionError: As ``find``, or if it holds several splits.
@@ -119,7 +119,9 @@ def _chunks(tree: Tree, resolution: int | None, source: Source) -> Iterator[Chun
             for path, result in zip(tree.paths[start : start + len(results)], results, strict=True):
                 if not isinstance(result, Loaded):
                     if not bad:
-                        tqdm.write(f"cannot read {shown(path)}; searching for others, before storing", file=sys.stderr)
+                        tqdm.write(
+                            f"cannot read {as_text(path)}; searching for others, before storing", file=sys.stderr
+                        )
                     bad[path] = result
                     continue
                 good.append(result.pixels)
@@ -127,7 +129,7 @@ def _chunks(tree: Tree, resolution: int | None, source: Source) -> Iterator[Chun
                 source.changes.update(result.changes)
                 if result.pixels.shape[:2] != (size := size or result.pixels.shape[:2]):
                     raise ConversionError(
-                        f"images differ in size: {shown(tree.paths[0])} is {size[1]} x {size[0]}, {shown(path)} is "
+                        f"images differ in size: {as_text(tree.paths[0])} is {size[1]} x {size[0]}, {as_text(path)} is "
                         f"{result.pixels.shape[1]} x {result.pixels.shape[0]}; choose one size with --resolution"
                     )
             labels = tree.labels[start : start + len(results)]
@@ -145,10 +147,10 @@ def _list_unreadable(reasons: dict[Path, str], file: Path) -> None:
 
 
 def _refusal(reasons: dict[Path, str], file: Path) -> str:
-    listed = "".join(f"\n  {shown(path)}: {reason}" for path, reason in [*reasons.items()][:_MOST_LISTED])
+    lines = "".join(f"\n  {as_text(path)}: {reason}" for path, reason in [*reasons.items()][:_MOST_LISTED])
     more = f"\n  and {len(reasons) - _MOST_LISTED:,} more" if len(reasons) > _MOST_LISTED else ""
     return (
-        f"{len(reasons):,} unreadable images, and no others:{listed}{more}\nNothing was stored. Repair or remove them "
+        f"{len(reasons):,} unreadable images, and no others:{lines}{more}\nNothing was stored. Repair or remove them "
         f"(listed in {file}), or leave them out: --unreadable skip"
     )
 
@@ -165,7 +167,7 @@ def _summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
 
 
 def _with_names(kind: str, names: Counter[str]) -> str:
-    """The kind with its commonest names or suffixes after the first part: "videos (.mov 3, .mp4 1): take frames"."""
+    """Return the kind with its commonest names or suffixes: "videos (.mov 3, .mp4 1): take frames"."""
     listed = ", ".join(f"{name} {n:,}" if len(names) > 1 else name for name, n in names.most_common(_MOST_NAMED))
     more = f" and {len(names) - _MOST_NAMED} more kinds" if len(names) > _MOST_NAMED else ""
     what, colon, way = kind.partition(":")

@@ -66,7 +66,7 @@ class Loaded:
 
 @cache
 def readable_suffixes() -> frozenset[str]:
-    """Endings of file names, in lower case, of formats that Pillow reads here; HEIF too where pillow-heif is there."""
+    """Return the file suffixes, in lower case, that Pillow reads here; HEIF's too where pillow-heif is there."""
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     # The common formats first: opening a file tries them in the order in which they were imported.
@@ -78,12 +78,12 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def way_out(suffix: str) -> str | None:
-    """What files with this ending are and how to get images from them; None if that is not known."""
+    """Return what files with this suffix are and how to get images from them; None if that is not known."""
     return _WAY_OUT.get(suffix)
 
 
 def load(path: Path, resolution: int | None) -> Loaded | str:
-    """Reads one file.
+    """Read one file.
 
     Args:
         path: The file.

@@ -106,7 +106,7 @@ def shapes(seed: int, split: str, num_images: int) -> Source:
 
 
 def draw(seed: int, split: str, start: int, stop: int) -> Chunk:
-    """Draws images ``start`` to ``stop`` - 1 of a split.
+    """Draw images ``start`` to ``stop`` - 1 of a split.
 
     Args:
         seed: 0 or above.
@@ -136,7 +136,7 @@ def draw(seed: int, split: str, start: int, stop: int) -> Chunk:
 
 
 def preview(seed: int) -> Image.Image:
-    """A picture of 16 training images of each kind, three times enlarged, with their names."""
+    """Return a picture of 16 training images of each kind, three times enlarged, with their names."""
     columns, side, margin = 16, 3 * SIZE, 80
     images, labels = draw(seed, "train", 0, columns * len(CLASSES))
     picture = Image.new("RGB", (margin + columns * side, len(CLASSES) * side), "white")

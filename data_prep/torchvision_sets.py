@@ -27,7 +27,7 @@ _CHUNK = 1024
 
 
 def cifar(kind: type[datasets.CIFAR10], name: str, root: Path, split: str, download: bool) -> Source:
-    """A split of CIFAR-10 or CIFAR-100, in the order of the official Python batches.
+    """Return a split of CIFAR-10 or CIFAR-100, in the order of the official Python batches.
 
     Args:
         kind: torchvision's class.
@@ -44,7 +44,7 @@ def cifar(kind: type[datasets.CIFAR10], name: str, root: Path, split: str, downl
 
 
 def stl10(root: Path, split: str, download: bool, resolution: int | None) -> Source:
-    """A split of STL-10, 96 x 96 pixels; images without a label get -1.
+    """Return a split of STL-10, 96 x 96 pixels; images without a label get -1.
 
     Args:
         root: Folder of the downloaded files.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from simclr.distributed import sum_over_ranks
+from simclr.distributed import at_least_float32, sum_over_ranks
 
 
 class _Normalise(torch.autograd.Function):
@@ -159,11 +159,6 @@ def _replace(module: nn.Module) -> nn.Module:
         setattr(replacement, name, child)
     replacement.training = module.training
     return replacement
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32, or as it is if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def all_but_channels(x: Tensor) -> list[int]:

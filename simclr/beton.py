@@ -24,24 +24,25 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Required, TypedDict, Unpack
+from typing import IO, Annotated, Any, Literal, Required, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if sys.platform != "win32":  # an open file cannot be replaced there, which serves the same purpose
-    import fcntl
+from simclr import files
+from simclr.files import PathLike
+from simclr.schema import Count, Must, Size, from_values, require
 
 Encoding = Literal["raw", "jpeg"]
-PathLike = str | os.PathLike[str]
 
 SIDECAR_VERSION = 1
 _BETON_VERSION = 2
@@ -72,6 +73,11 @@ _METADATA = np.dtype(
 )
 _ALLOCATION = np.dtype([("index", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _METADATA_OFFSET = _HEADER.itemsize + 2 * _DESCRIPTOR.itemsize
+
+
+Quality = Annotated[int, Must(lambda value: 1 <= value <= 100, "1 to 100")]
+Fraction = Annotated[float, Must(lambda value: 0 <= value <= 1, "in [0, 1]")]
+Sha256 = Annotated[str, Must(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
 
 
 class BetonError(ValueError):
@@ -106,19 +112,19 @@ class Facts:
     format_version: int
     source: str
     split: str
-    num_images: int
-    height: int
-    width: int
+    num_images: Size
+    height: Size
+    width: Size
     encoding: Encoding
-    jpeg_quality: int | None
+    jpeg_quality: Quality | None
     lossy_source: bool
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    channel_mean: tuple[float, float, float]
-    channel_std: tuple[float, float, float]
-    content_sha256: str
-    file_bytes: int
-    file_sha256: str
+    class_counts: tuple[Count, ...]
+    channel_mean: tuple[Fraction, Fraction, Fraction]
+    channel_std: tuple[Fraction, Fraction, Fraction]
+    content_sha256: Sha256
+    file_bytes: Size
+    file_sha256: Sha256
     written_by: dict[str, str]
 
     @property
@@ -175,7 +181,7 @@ class Layout:
 
 
 def sidecar_path(path: PathLike) -> Path:
-    """Where the facts about ``path`` are kept: "x.beton" -> "x.beton.json"."""
+    """Return where the facts about ``path`` are kept: "x.beton" -> "x.beton.json"."""
     return Path(f"{os.fspath(path)}.json")
 
 
@@ -184,7 +190,7 @@ def sidecar_path(path: PathLike) -> Path:
 
 
 def check(path: PathLike, facts: Facts | None = None) -> Layout:
-    """Checks every table of a .beton file, and that ``facts`` belong to it, without reading a pixel.
+    """Check every table of a .beton file, and that ``facts`` belong to it, without reading a pixel.
 
     It takes milliseconds. A changed pixel or JPEG stream passes; ``verify`` is the one that notices.
 
@@ -316,7 +322,7 @@ def _class_counts(path: PathLike, labels: NDArray[np.int64], num_classes: int) -
 
 
 def verify(path: PathLike) -> Facts:
-    """Checks a .beton file, its sidecar, and every byte of it against the sidecar's checksum.
+    """Check a .beton file, its sidecar, and every byte of it against the sidecar's checksum.
 
     Args:
         path: The .beton file.
@@ -343,7 +349,7 @@ def verify(path: PathLike) -> Facts:
 
 
 def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Reads all images and labels into memory, after ``check``.
+    """Read all images and labels into memory, after ``check``.
 
     JPEG streams are decoded with Pillow, in threads. FFCV's own decoder takes libjpeg-turbo's fast settings and
     differs by up to 10 of 255 levels; ``simclr.data`` has FFCV decode to Pillow's pixels. Raw images are equal.
@@ -367,7 +373,7 @@ def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def image_digests(path: PathLike) -> list[bytes]:
-    """One digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
+    """Return one digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
 
     Equal images of equal size have equal digests in any two files of one encoding.
 
@@ -385,7 +391,7 @@ Samples = NDArray[np.uint8] | list[bytes]  # raw: (m, h * w * 3); jpeg: m stream
 
 
 def _chunks(path: PathLike, layout: Layout) -> Iterator[Samples]:
-    """Samples in index order as they are stored, some 32 MiB of pixels at a time."""
+    """Yield samples in index order as they are stored, some 32 MiB of pixels at a time."""
     data: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
     n, pixels = layout.num_images, layout.height * layout.width * 3
     step = max(1, _CHUNK_BYTES // pixels)
@@ -407,7 +413,7 @@ def _chunks(path: PathLike, layout: Layout) -> Iterator[Samples]:
 
 
 def _decode(path: PathLike, layout: Layout, samples: Samples, start: int, out: NDArray[np.uint8]) -> None:
-    """Writes the pixels of ``samples``, the first of which has index ``start``, to ``out`` (m, h, w, 3)."""
+    """Write the pixels of ``samples``, the first of which has index ``start``, to ``out`` (m, h, w, 3)."""
     if isinstance(samples, np.ndarray):
         out[...] = samples.reshape(out.shape)
         return
@@ -448,7 +454,7 @@ class Writer:
     """
 
     def __init__(self, path: PathLike, *, num_images: int, height: int, width: int, encoding: Encoding = "raw") -> None:
-        """Opens the partial file.
+        """Open the partial file.
 
         Args:
             path: The .beton file to be.
@@ -466,7 +472,7 @@ class Writer:
         if encoding not in _MODES.values():
             raise BetonError(f"encoding must be 'raw' or 'jpeg', got {encoding!r}")
         self.path = Path(path)
-        self._partial = _partial_of(self.path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
         self._encoding: Encoding = encoding
         self._shape = (height, width, 3)
         self._num_images = num_images
@@ -500,12 +506,11 @@ class Writer:
         if not self._committed:  # removed while the lock is held: the next partial file may be another process's
             with suppress(OSError):
                 self._partial.unlink()
-                _partial_of(sidecar_path(self.path)).unlink(missing_ok=True)
         with suppress(OSError):
             self._file.close()
 
     def add(self, images: NDArray[np.uint8], labels: ArrayLike) -> None:
-        """Appends raw images.
+        """Append raw images.
 
         Args:
             images: uint8 (m, h, w, 3), RGB.
@@ -521,7 +526,7 @@ class Writer:
         self._append(list(images.reshape(len(images), math.prod(self._shape))), labels)
 
     def add_jpeg(self, streams: Sequence[bytes], labels: ArrayLike) -> None:
-        """Appends JPEG streams.
+        """Append JPEG streams.
 
         Args:
             streams: m complete JPEG files in memory, RGB, of the size that was announced.
@@ -563,7 +568,7 @@ class Writer:
         self._page_used = 0
 
     def finish(self, **about: Unpack[About]) -> Facts:
-        """Completes the partial file, reads it back and compares it with what was added.
+        """Complete the partial file, read it back and compare it with what was added.
 
         Returns:
             The facts that ``commit`` will store.
@@ -595,8 +600,7 @@ class Writer:
             self._file.write(allocations.tobytes())
             self._file.seek(0)
             self._file.write(header.tobytes() + descriptors.tobytes() + self._metadata.tobytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            files.sync(self._file)
             if hasattr(os, "posix_fadvise"):  # read back from the disk, not from memory
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self._facts = describe(self._partial, **about)
@@ -605,7 +609,7 @@ class Writer:
         return self._facts
 
     def commit(self) -> None:
-        """Gives the finished file its name and stores its facts, in place of any earlier ones.
+        """Give the finished file its name and store its facts, in place of any earlier ones.
 
         Both lie on the disk, whole, before anything earlier goes. The old sidecar goes first: a crash at any moment
         leaves a complete file, old or new, and either its own sidecar or none.
@@ -616,16 +620,15 @@ class Writer:
         if self._facts is None:
             raise BetonError(f"{self.path}: commit before finish")
         sidecar = sidecar_path(self.path)
-        partial_sidecar = _write_facts(self.path, self._facts)
-        with self._disk_errors():
+        with self._disk_errors(), files.atomic_write(sidecar) as file:
+            file.write(_facts_as_json(self.path, self._facts))
+            files.sync(file)
             sidecar.unlink(missing_ok=True)
-            _sync_folder(self.path.parent)
+            files.sync_folder(self.path.parent)
             if sys.platform == "win32":
                 self._file.close()
             self._partial.replace(self.path)
             self._committed = True
-            partial_sidecar.replace(sidecar)
-            _sync_folder(self.path.parent)
 
     def _check_free_space(self) -> None:
         height, width, _ = self._shape
@@ -643,24 +646,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise BetonError(explain(error, self.path)) from error
-
-
-def explain(error: OSError, path: PathLike) -> str:
-    """Says what an operating system's refusal to write ``path`` means and what to do about it."""
-    folder = Path(path).parent
-    advice = {
-        errno.ENOSPC: f"the disk that holds {folder} is full; free some space or write elsewhere",
-        errno.EDQUOT: f"your quota on the disk that holds {folder} is used up; free some space or write elsewhere",
-        errno.EFBIG: "the file would be larger than this process or file system may write",
-        errno.EACCES: f"no permission to write in {folder}",
-        errno.EPERM: f"no permission to write in {folder}",
-        errno.EROFS: f"{folder} is on a read-only file system",
-        errno.ENOENT: f"the folder {folder} does not exist",
-        errno.ENOTDIR: f"{folder} is not a folder",
-        errno.EWOULDBLOCK: "another process is writing this file; wait for it or stop it",
-    }
-    return f"cannot write {path}: {advice.get(error.errno or 0, str(error))}. An existing file was left as it is"
+            raise BetonError(files.explain_write_error(error, self.path)) from error
 
 
 def write(
@@ -675,7 +661,7 @@ def write(
     classes: Sequence[str] | None = None,
     lossy_source: bool = False,
 ) -> Facts:
-    """Writes images that are in memory, and their sidecar; an existing file is replaced once that is complete.
+    """Write images that are in memory, and their sidecar; an existing file is replaced once that is complete.
 
     Args:
         path: The .beton file.
@@ -712,7 +698,7 @@ def write(
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
-    """Compresses one image.
+    """Compress one image.
 
     Args:
         image: uint8 (h, w, 3), RGB.
@@ -760,7 +746,7 @@ class About(TypedDict, total=False):
 
 
 def describe(path: PathLike, **about: Unpack[About]) -> Facts:
-    """Reads a whole .beton file, FFCV's own included, and works out its facts; stores nothing.
+    """Read a whole .beton file, FFCV's own included, and work out its facts; store nothing.
 
     Returns:
         The facts, for ``save_facts``.
@@ -817,45 +803,33 @@ def describe(path: PathLike, **about: Unpack[About]) -> Facts:
 
 
 def save_facts(path: PathLike, facts: Facts) -> None:
-    """Stores the facts about ``path`` beside it, in one step.
+    """Store the facts about ``path`` beside it, in one step.
 
     Raises:
         BetonError: If ``facts`` do not belong to the file, or the sidecar cannot be written.
     """
     check(path, facts)
-    target = sidecar_path(path)
-    partial = _write_facts(path, facts)
+    sidecar = sidecar_path(path)
     try:
-        partial.replace(target)
-        _sync_folder(target.parent)
+        with files.atomic_write(sidecar) as file:
+            file.write(_facts_as_json(path, facts))
     except OSError as error:
-        raise BetonError(explain(error, target)) from error
+        raise BetonError(files.explain_write_error(error, sidecar)) from error
 
 
-def _write_facts(path: PathLike, facts: Facts) -> Path:
-    """Writes the sidecar of ``path`` under another name, safely on the disk, for renaming; returns that name."""
-    target = sidecar_path(path)
-    partial = _partial_of(target)
+def _facts_as_json(path: PathLike, facts: Facts) -> bytes:
     text = json.dumps(asdict(facts), indent=2, ensure_ascii=False) + "\n"
     try:
-        with partial.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, UnicodeEncodeError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise BetonError(explain(error, target)) from error
+        return text.encode()
+    except UnicodeEncodeError as error:
         raise BetonError(
-            f"{target}: {text[error.start - 20 : error.end + 20]!r} is not text that UTF-8 can hold, such as the name "
-            "of a folder in another encoding. Give the classes, source and split other names"
+            f"{sidecar_path(path)}: {text[error.start - 20 : error.end + 20]!r} is not text that UTF-8 can hold, such "
+            "as the name of a folder in another encoding. Give the classes, source and split other names"
         ) from error
-    return partial
 
 
 def load_facts(path: PathLike) -> Facts:
-    """Reads the sidecar of a .beton file.
+    """Read the sidecar of a .beton file.
 
     Args:
         path: The .beton file (not the sidecar).
@@ -877,7 +851,7 @@ def load_facts(path: PathLike) -> Facts:
             f"For a .beton file that FFCV's own DatasetWriter made: python -m data_prep sidecar {path} --help"
         )
     try:
-        entries = json.loads(sidecar.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        entries = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BetonError(f"{sidecar}: not a readable sidecar: {error}. {_HOW_TO_CONVERT}") from error
     try:
@@ -887,64 +861,13 @@ def load_facts(path: PathLike) -> Facts:
 
 
 def _facts_from(entries: Any) -> Facts:
-    if not isinstance(entries, dict):
-        raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
-    if entries.get("format_version") != SIDECAR_VERSION:
+    if isinstance(entries, dict):
         version = entries.get("format_version")
-        raise ValueError(f"format_version is {version!r}, this version of the code reads {SIDECAR_VERSION}")
-    if unknown := sorted(entries.keys() - _IS_VALID.keys()):
-        raise ValueError(f"unknown entries {unknown}")
-    if missing := sorted(_IS_VALID.keys() - entries.keys()):
-        raise ValueError(f"missing entries {missing}")
-    for name, is_valid in _IS_VALID.items():
-        if not is_valid(entries[name]):
-            raise ValueError(f"{name} is {entries[name]!r}, which is not possible")
-    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
-    facts = Facts(**values)
+        require(version == SIDECAR_VERSION, "format_version", version, f"{SIDECAR_VERSION}, which this code reads")
+    facts = from_values(Facts, entries)
     if len(facts.class_counts) != facts.num_classes or sum(facts.class_counts) > facts.num_images:
         raise ValueError(f"class_counts {facts.class_counts} do not fit {facts.num_classes} classes")
     return facts
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _are_channels(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) and 0 <= v <= 1 for v in value)
-
-
-_IS_VALID: dict[str, Callable[[Any], bool]] = {
-    "format_version": _is_size,
-    "source": _is_text,
-    "split": _is_text,
-    "num_images": _is_size,
-    "height": _is_size,
-    "width": _is_size,
-    "encoding": lambda value: value in _MODES.values(),
-    "jpeg_quality": lambda value: value is None or (_is_size(value) and value <= 100),
-    "lossy_source": lambda value: type(value) is bool,
-    "classes": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "class_counts": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "channel_mean": _are_channels,
-    "channel_std": _are_channels,
-    "content_sha256": _is_sha256,
-    "file_bytes": _is_size,
-    "file_sha256": _is_sha256,
-    "written_by": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -953,17 +876,13 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 _HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --help (add --force to replace them)"
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
-
-
 def _unpack_digest(arguments: bytes) -> str | None:
-    """The checksum in a field's arguments; None if they are empty, "" if they are something else."""
+    """Return the checksum in a field's arguments; None if they are empty, "" if they are something else."""
     text = arguments.rstrip(b"\0")
     if not text:
         return None
     digest = text.removeprefix(_DIGEST_TAG).decode("ascii", "replace")
-    return digest if text.startswith(_DIGEST_TAG) and _is_sha256(digest) else ""
+    return digest if text.startswith(_DIGEST_TAG) and re.fullmatch("[0-9a-f]{64}", digest) else ""
 
 
 def _content_digest(encoding: str, num_images: int, height: int, width: int) -> hashlib._Hash:
@@ -977,7 +896,7 @@ def _digest_sample(digest: hashlib._Hash, sample: bytes | NDArray[np.uint8], enc
 
 
 def file_sha256(path: PathLike) -> str:
-    """Checksum of a whole file, in hexadecimal digits."""
+    """Return the checksum of a whole file, in hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -987,7 +906,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _page_size_for(pixels: int) -> int:
-    """A page of at least 8 images, so that at most an eighth of it stays empty, within FFCV's limits."""
+    """Return a page of at least 8 images, so that at most an eighth of it stays empty, within FFCV's limits."""
     size = _SMALLEST_PAGE
     while size < 8 * pixels and size < _LARGEST_PAGE:
         size *= 2
@@ -1004,29 +923,13 @@ def _checked_labels(labels: ArrayLike, num_images: int) -> NDArray[np.int64]:
 
 
 def _open_exclusively(partial: Path) -> IO[bytes]:
-    """Opens a partial file for writing and locks it, so that two processes never fill the same one."""
+    """Open a partial file for writing and lock it, so that two processes never fill the same one."""
     file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-                raise BlockingIOError(errno.EWOULDBLOCK, "finished by another process in this moment")
-        except OSError:
-            file.close()
-            raise
-    return file
-
-
-def _partial_of(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut, where the operating system offers that."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # Without locks (Windows) an open file cannot be replaced, which serves the same purpose.
+        if files.lock(file) and not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "finished by another process in this moment")
+    except OSError:
+        file.close()
+        raise
+    return file

@@ -15,13 +15,11 @@ No random-number state is saved because none is used: order and views are functi
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import hashlib
 import io
 import os
 import re
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from simclr.beton import Facts, PathLike
+from simclr.beton import Facts
 from simclr.config import TrainConfig, from_json
+from simclr.files import PathLike, atomic_write
 from simclr.models import SimCLR
 
 SCHEMA = 2
@@ -93,26 +92,14 @@ def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
     """
-    path = Path(path)
-    # A name of its own, so that two programs that write at once cannot mix their bytes.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a program killed while it wrote
-            left_behind.unlink()
-        with temporary.open("x+b") as file:
+        with atomic_write(path) as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError about file positions
         raise CheckpointError(
             f"cannot write {path}: {error}; is the disk full or read-only? The old file stays"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def require_safe_loading() -> None:
@@ -452,13 +439,3 @@ def _require_plain(value: Any, where: str) -> None:
     # By type, since numpy's float64 is a float
     elif not isinstance(value, torch.Tensor) and type(value) not in (type(None), bool, int, float, str):
         raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold; convert it before")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable (POSIX; Windows cannot open a folder)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses, and the numbers that follow from them.
 
 Durations are given in epochs and turned into steps in one place (:func:`derive`). Named configurations are in
-:mod:`simclr.presets`.
+:mod:`simclr.presets`, conditions for values in :mod:`simclr.schema`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
+from tyro.conf import OmitArgPrefixes
+
+from simclr import schema
+from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
+from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
+from simclr.schema import to_json as to_json
 from simclr.views import ViewSpec
+
+Batch = Annotated[Size, Must(lambda value: value >= 2, "at least 2, since an image is compared with others")]
+Timeout = Annotated[float, Must(lambda value: 0 < value <= 1e9, "> 0, and at most 1e9")]
+ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
+Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
+Loader = Literal["auto", "ffcv", "memory"]
 
 
 @dataclass(frozen=True)
@@ -28,23 +37,14 @@ class LossConfig:
     name: Literal["nt_xent", "barlow_twins"] = "nt_xent"
     """nt_xent: SimCLR. barlow_twins: Barlow Twins."""
 
-    temperature: float = 0.5
+    temperature: Positive = 0.5
     """nt_xent's temperature tau, unitless."""
 
-    off_diagonal_weight: float = 5e-3
+    off_diagonal_weight: NotNegative = 5e-3
     """barlow_twins' weight lambda of the off-diagonal terms, unitless."""
 
-    centre: bool = True
-    """Whether barlow_twins subtracts each feature's batch mean (as the paper's code); see simclr.losses."""
-
-    scale: float = 1.0
+    scale: Positive = 1.0
     """The loss is multiplied by this. It matters to SGD, and to LARS for what it does not adapt."""
-
-    nt_xent_form: NTXentForm = "auto"
-    """How nt_xent is computed, with the same result up to rounding: see simclr.losses. auto: by size and device."""
-
-    kernels: KernelChoice = "auto"
-    """nt_xent's tiles by torch's operations or by fused Triton kernels (CUDA). auto: Triton where it can."""
 
     bf16_matmul: bool = False
     """Whether nt_xent rounds the factors of its matrix products to bfloat16."""
@@ -56,32 +56,60 @@ class OptimizerConfig:
 
     name: Literal["sgd", "lars", "adamw", "muon"] = "sgd"
 
-    base_learning_rate: float = 0.03
+    base_learning_rate: Positive = 0.03
     """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
 
-    momentum: float = 0.9
+    momentum: Momentum = 0.9
     """sgd, lars and muon: momentum. adamw: beta 1."""
 
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
 
     decay_biases_and_norms: bool = False
     """Whether weight decay (and LARS's adaptation) also holds for biases and normalisation parameters, that is for
     parameters of fewer than two dimensions."""
 
-    warmup_epochs: float = 0.0
-    """The learning rate rises linearly from 0 over this long, then falls by a cosine."""
+    warmup_epochs: NotNegative = 0.0
+    """The learning rate rises linearly from 0 over this long, then falls to 0 by a cosine."""
 
-    final_learning_rate: float = 0.0
-    """Where the cosine ends, as a fraction of the peak."""
-
-    lars_trust_coefficient: float = 1e-3
+    lars_trust_coefficient: Positive = 1e-3
     """LARS's eta."""
 
     lars_clip: bool = False
     """Whether LARS's factor is limited so that no layer's learning rate exceeds the schedule's (LARC)."""
 
-    gradient_clip_norm: float | None = None
+    gradient_clip_norm: ClipNorm | None = None
     """Global l2 norm to which the gradient is clipped."""
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How fast, and in how much memory; never what. None of these changes a result by more than rounding."""
+
+    loader: Loader = "auto"
+    """Who reads the images; both give the same batches."""
+
+    views: Literal["auto", "fused", "triton", "torch"] = "auto"
+    """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
+    on CPUs with numba, torch on GPUs and for fp64."""
+
+    compile: Literal["none", "default", "reduce-overhead", "graph", "graph-compiled"] = "none"
+    """Whether torch.compile makes the forward and backward pass, for the shapes at hand; the first step then takes
+    seconds to minutes. reduce-overhead: with CUDA graphs, on GPUs. graph: the whole step, views included, replayed as
+    one CUDA graph. graph-compiled: both."""
+
+    nt_xent_form: NTXentForm = "auto"
+    """How nt_xent is computed: see simclr.losses. auto: by size and device."""
+
+    kernels: KernelChoice = "auto"
+    """nt_xent's tiles by torch's operations or by fused Triton kernels (CUDA). auto: Triton where it can."""
+
+    recompute: bool = False
+    """Whether the encoder's blocks are computed again in the backward pass instead of kept: the same bits in less
+    memory (ResNet-18: 0.61 of it, ResNet-50: 0.41) for one forward pass more."""
+
+    micro_batch_size: Size | None = None
+    """Source images that pass the encoder at a time on each device: the memory of so many, for one forward pass more.
+    For encoders without batch normalisation."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +117,19 @@ class TrainConfig:
     """A pretraining run. With the data file, this determines the weights, whatever the number of devices."""
 
     name: str = "custom"
-    """Of the run. A preset's name, unless you give another."""
+    """The run's name: a preset's, unless you give another."""
 
     data: Path = Path("data/cifar10/train.beton")
     """Training images, written by data_prep. Labels serve only to measure."""
 
     output: Path | None = None
-    """Folder of the run. Default: results/<name>-seed<seed>."""
+    """The run's folder. Default: results/<name>-seed<seed>."""
 
-    seed: int = 0
-    """Of the weights, the order and the views."""
+    seed: Seed = 0
+    """Determines the initial weights, the order and the views."""
 
-    epochs: int = 100
-    global_batch_size: int = 512
+    epochs: Size = 100
+    global_batch_size: Batch = 512
     """Source images per step over all devices (each gives two views)."""
 
     loss: LossConfig = field(default_factory=LossConfig)
@@ -109,18 +137,15 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     view_1: ViewSpec = field(default_factory=ViewSpec)
     view_2: ViewSpec = field(default_factory=ViewSpec)
+    speed: OmitArgPrefixes[SpeedConfig] = field(default_factory=SpeedConfig)
 
-    view_sizes: tuple[tuple[int, float], ...] = ()
+    view_sizes: tuple[tuple[Size, Positive], ...] = ()
     """Side of the views in pixels, and the share of the epochs that it holds for, such as 16 0.5 24 0.3: smaller views
     first take less time. The epochs after these have views of the stored images' side; so has every measurement."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
-    """Of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16 where the GPU
-    or CPU is fast at it, else fp32. fp64: everything in float64, to show that two runs are the same."""
-
-    compile: Literal["none", "default", "reduce-overhead", "graph", "graph-compiled"] = "none"
-    """Whether torch.compile makes the forward and backward pass, for the shapes at hand; the first step then takes
-    seconds to minutes. reduce-overhead: with CUDA graphs, on GPUs. Results differ by rounding."""
+    """Number format of the forward pass; losses are computed in float32 at least. bf16, fp16: autocast. auto: bf16
+    where the GPU or CPU is fast at it, else fp32. fp64: everything in float64, to show that two runs are the same."""
 
     global_batch_norm: bool = True
     """Batch normalisation over all devices, so that several devices compute what one would."""
@@ -129,59 +154,44 @@ class TrainConfig:
     """Whether the two views pass the network one after the other, so that batch normalisation sees each by itself
     (as Barlow Twins' code does); otherwise they pass together (as SimCLR's code does), which is faster."""
 
-    num_validation: int | None = None
+    num_validation: Count | None = None
     """Images of the training file whose labels measure (kNN: queries); the others are the kNN bank. All images are
     pretrained on, without labels. 0: no measuring. Default: a tenth, at most 5,000."""
 
-    knn_every_epochs: int = 10
+    knn_every_epochs: Count = 10
     """How often kNN accuracy is measured; also after the last epoch. 0: only then."""
 
-    checkpoint_every_epochs: int = 1
+    checkpoint_every_epochs: Size = 1
     """How often the resumable checkpoint is written."""
 
-    checkpoint_every_steps: int | None = None
+    checkpoint_every_steps: Size | None = None
     """How often it is written within an epoch, for long ones. Default: not."""
 
-    keep_checkpoints: int = 2
+    keep_checkpoints: Size = 2
     """How many resumable checkpoints stay, the last one and those before it to fall back to."""
-
-    loader: Literal["auto", "ffcv", "memory"] = "auto"
-    """Who reads the images; both give the same batches."""
-
-    views: Literal["auto", "fused", "triton", "torch"] = "auto"
-    """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
-    on CPUs with numba, torch on GPUs and for fp64. They differ by rounding."""
 
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue the run in the output folder if there is one. never: refuse to touch it. must: refuse to start
     anew."""
 
-    recompute: bool = False
-    """Whether the encoder's blocks are computed again in the backward pass instead of kept: the same bits in less
-    memory (ResNet-18: 0.61 of it, ResNet-50: 0.41) for one forward pass more."""
-
-    micro_batch_size: int | None = None
-    """Source images that pass the encoder at a time on each device: the same result in the memory of so many, for one
-    forward pass more. For encoders without batch normalisation."""
-
     allow_changed: tuple[str, ...] = ()
     """Settings that may differ from those of the run that is continued, such as epochs or optimizer.weight_decay (or
     optimizer, for all of it); data: also other images."""
 
-    timeout_seconds: float = 120.0
+    timeout_seconds: Timeout = 120.0
     """After the first step, how long a rank waits for another, or stands still itself, before the run ends."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What follows a gradient that is not finite; the weights never take it in. stop: the run ends. skip: it goes on
     without this step, and ends after 10 in a row. With fp16 it is skip, which its search for a scale needs."""
 
-    world_size: int | None = None
+    world_size: Size | None = None
     """Number of processes that must take part; the run stops at once if it is another. Does not start any."""
 
-    stop_at_step: int | None = None
+    stop_at_step: Size | None = None
     """Save and leave after this step, as an interruption would; the schedule stays that of the whole run."""
 
-    log_every_steps: int = 10
+    log_every_steps: Size = 10
     """How often a line of metrics is written; reading them makes the host wait for the device."""
 
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
@@ -189,56 +199,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
-        _require_ordinary(self)
-        _make_paths(self, "data", "output")
+        schema.check_fields(self)
         valid_name = bool(self.name) and not set(self.name) & set("/\\") and self.name not in {".", ".."}
-        _require(valid_name, "name", repr(self.name), "a name for a folder, without slashes")
-        batch = self.global_batch_size
-        _require(batch >= 2, "global_batch_size", batch, "at least 2, since an image is compared with others")
-        for name in ("epochs", "log_every_steps", "checkpoint_every_epochs", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
-            self.num_validation is None or self.num_validation >= 0, "num_validation", self.num_validation, "at least 0"
-        )
-        _require(self.knn_every_epochs >= 0, "knn_every_epochs", self.knn_every_epochs, "at least 0")
-        for name in ("world_size", "stop_at_step", "micro_batch_size", "checkpoint_every_steps"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        valid = all(side >= 1 and share > 0 for side, share in self.view_sizes)
-        valid = valid and sum(share for _, share in self.view_sizes) <= 1
-        expected = "pairs of a side of at least 1 and a share > 0 of the epochs, at most 1 in all"
-        _require(valid, "view_sizes", self.view_sizes, expected)
-        _require(0 < self.timeout_seconds <= 1e9, "timeout_seconds", self.timeout_seconds, "> 0, and at most 1e9")
-        fields = {field.name for field in dataclasses.fields(self)}
+        require(valid_name, "name", self.name, "a name for a folder, without slashes")
+        fits = sum(share for _, share in self.view_sizes) <= 1
+        require(fits, "view_sizes", self.view_sizes, "shares of the epochs that are at most 1 in all")
+        names = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
-            _require(name.split(".")[0] in fields, "allow_changed", repr(name), "the name of a setting")
-        optimizer, loss = self.optimizer, self.loss
-        _require(optimizer.base_learning_rate > 0, "optimizer.base_learning_rate", optimizer.base_learning_rate, "> 0")
-        _require(optimizer.weight_decay >= 0, "optimizer.weight_decay", optimizer.weight_decay, "at least 0")
-        _require(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "in [0, 1)")
-        _require(
-            0 <= optimizer.warmup_epochs < self.epochs,
-            "optimizer.warmup_epochs",
-            optimizer.warmup_epochs,
-            f"in [0, epochs) = [0, {self.epochs})",
-        )
-        _require(
-            0 <= optimizer.final_learning_rate <= 1,
-            "optimizer.final_learning_rate",
-            optimizer.final_learning_rate,
-            "in [0, 1], a fraction of the peak",
-        )
-        trust = optimizer.lars_trust_coefficient
-        _require(trust > 0, "optimizer.lars_trust_coefficient", trust, "> 0")
-        clip = optimizer.gradient_clip_norm
-        _require(clip is None or clip > 0, "optimizer.gradient_clip_norm", clip, "> 0, or None for no clipping")
-        _require(loss.temperature > 0, "loss.temperature", loss.temperature, "> 0")
-        _require(loss.off_diagonal_weight >= 0, "loss.off_diagonal_weight", loss.off_diagonal_weight, "at least 0")
-        _require(loss.scale > 0, "loss.scale", loss.scale, "> 0")
-        if self.micro_batch_size is not None or self.recompute:
-            _require(self.compile == "none", "compile", self.compile, "none with micro_batch_size and recompute")
-        if loss.bf16_matmul:
-            _require(loss.nt_xent_form != "matrix", "loss.nt_xent_form", "matrix", "another with loss.bf16_matmul")
+            require(name.split(".")[0] in names, "allow_changed", name, "the name of a setting")
+        warmup, speed = self.optimizer.warmup_epochs, self.speed
+        require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, f"less than epochs, {self.epochs}")
+        if speed.micro_batch_size is not None or speed.recompute:
+            require(speed.compile == "none", "compile", speed.compile, "none with micro_batch_size and recompute")
+        if self.loss.bf16_matmul:
+            require(speed.nt_xent_form != "matrix", "nt_xent_form", "matrix", "another with loss.bf16_matmul")
 
     @property
     def folder(self) -> Path:
@@ -286,7 +260,7 @@ class Derived:
     def equations(self, config: TrainConfig) -> list[str]:
         """Return each number with the way it came about, for people."""
         batch, optimizer, left_out = config.global_batch_size, config.optimizer, self.left_out_per_epoch
-        share, part = self.per_device_batch_size, config.micro_batch_size
+        share, part = self.per_device_batch_size, config.speed.micro_batch_size
         return [
             f"per_device_batch_size = global_batch_size / world_size = {batch} / {self.world_size} = "
             f"{share} source images, {2 * share} views",
@@ -335,9 +309,7 @@ def derive(config: TrainConfig, num_images: int, world_size: int) -> Derived:
             problems.append(f"they do not fill one batch of global_batch_size {batch}")
         if batch % world_size:
             problems.append(f"global_batch_size {batch} is not divisible by the {world_size} processes")
-        below = min(batch, num_images) // world_size * world_size
-        usable = " or ".join(str(size) for size in (below, below + world_size) if 2 <= size <= num_images)
-        changes.append(f"--global-batch-size {usable}")
+        changes.append(f"--global-batch-size {divisible_batches(batch, world_size, num_images)}")
     if config.num_validation is not None and config.num_validation >= num_images:
         problems.append(f"num_validation {config.num_validation} leaves none of them as neighbours")
         changes.append(f"--num-validation {default_num_validation(num_images)}")
@@ -390,141 +362,86 @@ class ProbeConfig:
     """linear only. cached: features of the plain images, computed once. augmented: of lightly augmented images (random
     crop and flip), anew each epoch."""
 
-    epochs: int = 50
-    batch_size: int = 512
+    epochs: Size = 50
+    batch_size: Size = 512
     view: ViewSpec = LIGHT_VIEW
     """Augmentation for features augmented and mode finetune."""
 
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[Positive, ...] = ()
     """Candidates, chosen on the validation split of the training file. Default: 0.003 0.01 0.03 0.1 0.3 1
     (linear), 0.01 0.03 0.1 (finetune)."""
 
-    weight_decays: tuple[float, ...] = ()
+    weight_decays: tuple[NotNegative, ...] = ()
     """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 5e-4 (finetune)."""
 
-    momentum: float = 0.9
-    num_validation: int | None = None
+    momentum: Momentum = 0.9
+    num_validation: Size | None = None
     """Images of the training file held out to choose on. Default: those that the run measured kNN on; a tenth, at most
     5,000, of a file of another size."""
 
-    knn_neighbours: int | None = None
+    knn_neighbours: Size | None = None
     """Default: 20, or as many as there are."""
 
-    knn_temperature: float = 0.1
+    knn_temperature: Positive = 0.1
 
     baselines: bool = True
     """Whether raw pixels and the untrained encoder are measured too."""
 
-    seed: int = 0
-    loader: Literal["auto", "ffcv", "memory"] = "auto"
+    seed: Seed = 0
+    loader: Loader = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder's forward pass."""
+    """Number format of the encoder's forward pass."""
 
     def __post_init__(self) -> None:
         """Fill in the candidates that depend on the mode, and refuse what cannot run."""
-        _require_ordinary(self)
-        _make_paths(self, "run", "train", "test", "output")
+        schema.check_fields(self)
         for name, candidates in _CANDIDATES[self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
-        for name in ("epochs", "batch_size", "num_validation", "knn_neighbours"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(min(self.learning_rates) > 0, "learning_rates", self.learning_rates, "all > 0")
-        _require(min(self.weight_decays) >= 0, "weight_decays", self.weight_decays, "all at least 0")
-        _require(self.knn_temperature > 0, "knn_temperature", self.knn_temperature, "> 0")
-
-
-def _require_ordinary(value: object, name: str = "") -> None:
-    """Refuse numbers that no setting may have, in all parts of a configuration, by their dotted names."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            part = getattr(value, field.name)
-            _require_ordinary(part, f"{name}.{field.name}".lstrip("."))
-    elif isinstance(value, tuple):
-        for entry in value:
-            _require_ordinary(entry, name)
-    elif isinstance(value, float):
-        _require(math.isfinite(value), name, value, "a finite number")
-    elif isinstance(value, int):
-        low, high = (0, 2**64 - 1) if name == "seed" else (-(2**63), 2**63 - 1)
-        _require(low <= value <= high, name, value, f"{low} to {high}")
-
-
-def _make_paths(config: object, *names: str) -> None:
-    """Let paths be given as text."""
-    for name in names:
-        if getattr(config, name) is not None:
-            object.__setattr__(config, name, Path(getattr(config, name)))
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value}, expected {expected}")
 
 
 Config = TypeVar("Config")
 
-# How checkpoints of earlier versions differ: settings that they lack and had the present default of; settings that they
-# have and that changed nothing but rounding, or time.
-_ADDED_LATER = frozenset({"TrainConfig.recompute"})
-_GIVEN_UP = frozenset({"TrainConfig.loss.barlow_twins_form"})
-_RENAMED = {("TrainConfig.loss.nt_xent_form", "ring"): "tiled"}
-
-
-def to_json(config: Any) -> str:
-    """Return a configuration as JSON text; :func:`from_json` gives an equal one back."""
-    return json.dumps(dataclasses.asdict(config), default=str, indent=2)
+# What checkpoints of earlier versions have elsewhere, lack, or have besides. What they lack had the value given here;
+# what was given up is passed over where it had one of the values given here (None: any), which change nothing.
+_MOVED = {
+    **{name: f"speed.{name}" for name in ("loader", "views", "compile", "recompute", "micro_batch_size")},
+    **{f"loss.{name}": f"speed.{name}" for name in ("nt_xent_form", "kernels")},
+}
+_ADDED_LATER = {"speed.recompute": False}
+_GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
+_RENAMED = {("speed.nt_xent_form", "ring"): "tiled"}
 
 
 def from_json(kind: type[Config], text: str) -> Config:
-    """Build a configuration from :func:`to_json`'s text.
+    """Build a configuration, also an earlier version's, from :func:`to_json`'s text.
 
     Raises:
-        ValueError: On unknown or missing fields, or values of the wrong type; the message names the field.
+        ValueError: If a field is unknown or missing, or a value is not possible; the message names the field.
     """
-    value: Config = _build(kind, json.loads(text), kind.__name__)
-    return value
+    values = json.loads(text)
+    return schema.from_values(kind, _updated(values) if kind is TrainConfig and isinstance(values, dict) else values)
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into ``kind``: a dataclass, a tuple, a dict, Path, Literal, Optional or a plain type."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where}: expected an object, got {value!r}")
-        hints = typing.get_type_hints(kind)
-        value = {name: entry for name, entry in value.items() if f"{where}.{name}" not in _GIVEN_UP}
-        later = {name for name in hints if f"{where}.{name}" in _ADDED_LATER}
-        unknown, missing = set(value) - set(hints), set(hints) - later - set(value)
-        if unknown or missing:
-            raise ValueError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
-        assert isinstance(kind, type)
-        return kind(**{name: _build(hints[name], entry, f"{where}.{name}") for name, entry in value.items()})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = (a for a in arguments if a is not type(None))
-        return _build(inner, value, where)
-    if origin is Literal:
-        value = _RENAMED.get((where, str(value)), value)
-        if value not in arguments:
-            raise ValueError(f"{where}: {value!r} is none of {list(arguments)}")
-        return value
-    if origin is tuple:
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if not isinstance(value, list) or len(kinds) != len(value):
-            raise ValueError(f"{where}: expected a list of {len(kinds)}, got {value!r}")
-        return tuple(_build(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected an object, got {value!r}")
-        return {name: _build(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
-    if kind is Path:
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
+def _updated(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what an earlier version wrote as this one would have."""
+    flat = _ADDED_LATER | {_MOVED.get(path, path): value for path, value in flattened(values).items()}
+    for path, only in _GIVEN_UP.items():
+        value = flat.pop(path, only)
+        require(only is None or value == only, path, value, f"{only}, as this version has no other")
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        part = nested
+        for parent in parents:
+            part = part.setdefault(parent, {})
+        part[name] = _RENAMED.get((path, str(value)), value)
+    return nested
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

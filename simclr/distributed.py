@@ -8,6 +8,7 @@ Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... an
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +31,12 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number, 0 to ``world_size() - 1`` (0 without a process group)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def divisible_batches(size: int, world_size: int, most: float = math.inf) -> str:
+    """Return in words which batches next to ``size`` images, at most ``most``, ``world_size`` processes can share."""
+    below = int(min(size, most)) // world_size * world_size
+    return " or ".join(str(batch) for batch in (below, below + world_size) if 0 < batch <= most)
 
 
 def leave() -> None:
@@ -317,3 +324,8 @@ def _all_counts(rows: Tensor) -> Tensor:
     counts = count.new_empty(world_size())
     _all_gather(counts, count)
     return counts
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, in which sums over devices are taken, or as it is if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -83,7 +83,7 @@ refuse_if = functools.partial(warn_if, state="problem")
 
 
 def versions(options: Options) -> Iterator[Finding]:
-    """What is installed, and a variable that makes it unsafe."""
+    """Report what is installed, and a variable that makes it unsafe."""
     installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     yield Finding("ok", "versions", f"Python {platform.python_version()}, {installed}")
     try:
@@ -93,7 +93,7 @@ def versions(options: Options) -> Iterator[Finding]:
 
 
 def gpus(options: Options) -> Iterator[Finding]:
-    """GPUs, their memory, driver against torch, and bfloat16."""
+    """Report GPUs, their memory, driver against torch, and bfloat16."""
     built = f"torch is built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
     if torch.cuda.is_available() and not ON_CPU:
         count, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -119,7 +119,7 @@ def gpus(options: Options) -> Iterator[Finding]:
 
 
 def ffcv(options: Options) -> Iterator[Finding]:
-    """Whether FFCV reads back what was written."""
+    """Report whether FFCV reads back what was written."""
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "tiny.beton")
@@ -139,7 +139,7 @@ def ffcv(options: Options) -> Iterator[Finding]:
 
 
 def data(options: Options) -> Iterator[Finding]:
-    """The data file, whole. One process per machine reads it."""
+    """Check the whole data file. One process per machine reads it."""
     if options.data is None or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     started = time.perf_counter()
@@ -154,7 +154,7 @@ def data(options: Options) -> Iterator[Finding]:
 
 
 def disk(options: Options) -> Iterator[Finding]:
-    """Whether the folder can be written, and holds the checkpoints of a run."""
+    """Report whether the folder can be written, and has room for the checkpoints of a run."""
     config = PRESETS[options.preset].config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SimCLR(config.model, 32).parameters())
@@ -174,7 +174,7 @@ def disk(options: Options) -> Iterator[Finding]:
 
 
 def host(options: Options) -> Iterator[Finding]:
-    """Threads against cores, and memory that processes of one machine share."""
+    """Compare threads with cores; report memory that processes of one machine share."""
     cores = usable_cores()
     found = f"{LOCAL} process(es) x {torch.get_num_threads()} threads on {cores} cores"
     advice = f"export OMP_NUM_THREADS={max(1, cores // LOCAL)}"
@@ -186,7 +186,7 @@ def host(options: Options) -> Iterator[Finding]:
 
 
 def own_name(options: Options) -> Iterator[Finding]:
-    """Where gloo would listen: at the address of this machine's own name, unless it is told the network."""
+    """Report where gloo would listen: at the address of this machine's own name, unless it is told the network."""
     name = socket.gethostname()
     if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
         networks = [network for _, network in socket.if_nameindex()]
@@ -206,7 +206,7 @@ def own_name(options: Options) -> Iterator[Finding]:
 
 
 def slurm(options: Options) -> Iterator[Finding]:
-    """What SLURM started against the processes that take part."""
+    """Compare what SLURM started with the processes that take part."""
     if (job := os.environ.get("SLURM_JOB_ID")) is None:
         return
     nodes, tasks = (int(os.environ.get(name, "1")) for name in ("SLURM_JOB_NUM_NODES", "SLURM_STEP_NUM_TASKS"))
@@ -216,7 +216,7 @@ def slurm(options: Options) -> Iterator[Finding]:
 
 
 def processes(options: Options, device: torch.device) -> Iterator[Finding]:
-    """How many take part; bandwidth and clocks between them. Collective."""
+    """Report how many take part, and bandwidth and clocks between them. Collective."""
     size, meant = distributed.world_size(), options.world_size or WORLD
     yield refuse_if(size != meant, "processes", f"{size} take part, {meant} are meant to", "See docs/launching.md")
     if size == 1:
@@ -240,7 +240,7 @@ def processes(options: Options, device: torch.device) -> Iterator[Finding]:
 
 
 def from_other_ranks(findings: list[Finding], device: torch.device) -> Iterator[Finding]:
-    """What other ranks found to be wrong, and this one not. Collective."""
+    """Yield what other ranks found to be wrong, and this one did not. Collective."""
     own = json.dumps([finding for finding in findings if finding.state != "ok"]) + "\n"
     text = distributed.gather_variable(torch.tensor(list(own.encode()), dtype=torch.uint8, device=device))
     for rank, line in enumerate(bytes(text.tolist()).decode().splitlines()):

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simclr import checkpoint, distributed
-from simclr.beton import Facts, PathLike
+from simclr.beton import Facts
 from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.data import EpochPlan
+from simclr.files import PathLike
 from simclr.models import make_encoder
 from simclr.optim import learning_rate_at
 from simclr.tiled import unit_rows

@@ -21,9 +21,9 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import checkpoint, host
-from simclr.beton import PathLike
+from simclr import checkpoint, files, host
 from simclr.checkpoint import CheckpointError, Pretrained
+from simclr.files import PathLike
 from simclr.models import Stem, make_encoder
 
 NAME = "encoder.safetensors"
@@ -112,7 +112,7 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@host.refusals_explained()
+@files.explain_refusals()
 def main(options: Options) -> Path:
     """Export, and return where to."""
     pretrained = checkpoint.load_pretrained(options.run)

@@ -1,48 +1,15 @@
-"""What this process asks of its operating system."""
+"""What this process asks of its operating system: outputs that nobody reads, cores, memory that is kept."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-
-_ADVICE = {
-    errno.EACCES: "this user may not; change the rights (chmod, chown) or take another place",
-    errno.EPERM: "this user may not; change the rights (chmod, chown) or take another place",
-    errno.ENOSPC: "the disk is full; free some space or take another place",
-    errno.EDQUOT: "your quota is used up; free some space or take another place",
-    errno.EFBIG: "files of this process or file system may not be larger (ulimit -f)",
-    errno.EROFS: "the disk is read-only; take another place",
-    errno.ENOTDIR: "a part of this path is a file; take another place",
-    errno.EEXIST: "a file has this name; take another place",
-}
-
-
-class RefusedError(ValueError):
-    """The operating system refuses to read or write a file; the user can change that."""
-
-
-@contextlib.contextmanager
-def refusals_explained() -> Iterator[None]:
-    """Turn the operating system's refusals of rights and space into errors that say what to do.
-
-    Raises:
-        RefusedError: In place of those errors; others pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        if (advice := _ADVICE.get(error.errno or 0)) is None:
-            raise
-        where = "writing" if error.filename is None else error.filename
-        raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
 
 
 class _Output(io.FileIO):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr import distributed
+from simclr.distributed import at_least_float32
 from simclr.tiled import Kernels, nt_xent_of_rows, power_of_two, unit_rows
 
 NTXentForm = Literal["auto", "matrix", "tiled"]
@@ -96,7 +97,7 @@ def nt_xent(
     if choice.form == "matrix" and bf16_matmul:
         raise ValueError("bf16_matmul needs form tiled, got form matrix")
     with torch.autocast(z1.device.type, enabled=False):
-        z = torch.cat([_at_least_float32(z1), _at_least_float32(z2)])
+        z = torch.cat([at_least_float32(z1), at_least_float32(z2)])
         if choice.form == "matrix":
             return _nt_xent_matrix(unit_rows(z), temperature)
         return nt_xent_of_rows(z, temperature, kernels=choice.kernels, bf16_matmul=bf16_matmul)
@@ -182,7 +183,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
     if n < 2:
         raise ValueError("barlow_twins needs at least 2 source images in the whole batch, got 1")
     with torch.autocast(z1.device.type, enabled=False):
-        correlation = _cross_correlation((_at_least_float32(z1), _at_least_float32(z2)), n, centre)
+        correlation = _cross_correlation((at_least_float32(z1), at_least_float32(z2)), n, centre)
         diagonal = correlation.diagonal()
         invariance = (1 - diagonal).square().sum()
         redundancy = (correlation - torch.diag(diagonal)).square().sum()
@@ -231,10 +232,6 @@ def _row_sum(values: Tensor) -> Tensor:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def _check_word(name: str, word: str, known: object) -> None:

@@ -13,7 +13,7 @@ class OutOfMemoryError(ValueError):
 
 
 @contextlib.contextmanager
-def explained(device: torch.device, per_device_batch_size: int, world_size: int) -> Iterator[None]:
+def explain_shortage(device: torch.device, per_device_batch_size: int, world_size: int) -> Iterator[None]:
     """Turn torch's and Python's errors for memory that cannot be had into one that names what fits.
 
     Args:

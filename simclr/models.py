@@ -18,6 +18,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from simclr.batch_norm import replace_batch_norm, require_known_batch_norm
+from simclr.schema import Size, check_fields
 
 Stem = Literal["auto", "cifar", "patch2", "original"]
 ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
@@ -47,20 +48,18 @@ class ModelConfig:
     """simclr2: linear-ReLU-linear (SimCLR). simclr3: three layers with batch normalisation after each (SimCLR v2).
     barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity."""
 
-    projector_hidden: int = 512
+    projector_hidden: Size = 512
     """Width of the projector's hidden layers."""
 
-    projection_dim: int = 128
+    projection_dim: Size = 128
     """Width d of the projection."""
 
     projector_batch_norm: bool = True
     """Whether simclr2 normalises its hidden layer. The three-layer kinds always do."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that build nothing."""
-        for name in ("projector_hidden", "projection_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        """Refuse what builds nothing."""
+        check_fields(self, "model")
 
 
 class SimCLR(nn.Module):

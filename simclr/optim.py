@@ -13,17 +13,14 @@ if TYPE_CHECKING:
     from simclr.config import OptimizerConfig
 
 
-def learning_rate_at(
-    step: int, *, peak: float, total_steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
-) -> float:
-    """Return the learning rate of optimizer step ``step``: linear warm-up, then a cosine.
+def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0) -> float:
+    """Return the learning rate of optimizer step ``step``: linear warm-up, then a cosine that tends to 0.
 
     Args:
         step: From 0 to ``total_steps - 1``.
         peak: Learning rate at the end of the warm-up.
         total_steps: Steps of the whole run.
         warmup_steps: The rate is ``peak * (step + 1) / warmup_steps`` for this many steps.
-        final_fraction: The cosine tends to ``final_fraction * peak`` at ``total_steps``.
 
     Raises:
         ValueError: If ``step`` lies outside the run, or the warm-up is longer than it.
@@ -39,8 +36,7 @@ def learning_rate_at(
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    final = final_fraction * peak
-    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
 class _Skippable(torch.optim.Optimizer):

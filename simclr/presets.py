@@ -1,22 +1,11 @@
-"""Named configurations, and the command line made from them.
-
-A preset is a whole configuration. The command line names one and overrides fields:
-
-    python train_simclr.py cifar10-simclr-100 --data data/cifar10/train.beton --seed 1
-"""
+"""Named configurations, each with its source and the result to expect."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
-from simclr.beton import BetonError, load_facts
 from simclr.config import LossConfig, OptimizerConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.views import ViewSpec
@@ -214,40 +203,4 @@ _PRESETS = (
 )
 PRESETS: dict[str, Preset] = {preset.config.name: preset for preset in _PRESETS}
 
-
 DEFAULT = "cifar10-simclr-100"
-
-
-def parse_train_config(arguments: Sequence[str] | None = None, description: str | None = None) -> TrainConfig:
-    """Read ``[PRESET] [--field value ...]``, by default from the command line.
-
-    Without a preset, :data:`DEFAULT` is meant. Unknown presets, fields and values end the program, with a message.
-    Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is taken, aloud.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or (words[0].startswith("-") and words[0] not in {"-h", "--help"}):
-        words = [DEFAULT, *words]
-    choices = {
-        name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
-    }
-    config: TrainConfig = tyro.extras.overridable_config_cli(choices, args=words, description=description)
-    is_given = any(word.split("=")[0].replace("_", "-") == "--global-batch-size" for word in words)
-    return config if is_given else _fit_batch(config)
-
-
-def _fit_batch(config: TrainConfig) -> TrainConfig:
-    """Take a batch that fits the images, and say so."""
-    try:
-        num_images = load_facts(config.data).num_images
-    except BetonError:
-        return config  # which training refuses, saying more
-    if config.global_batch_size <= num_images:
-        return config
-    fitting = 1 << max(1, (num_images // 2).bit_length() - 1)  # at most half of the images: two steps an epoch
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"batch:      {fitting} instead of the preset's {config.global_batch_size}, since {config.data} has "
-            f"{num_images} images; the learning rate follows, see below (--global-batch-size sets another)",
-            flush=True,
-        )
-    return dataclasses.replace(config, global_batch_size=fitting)

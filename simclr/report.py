@@ -685,8 +685,7 @@ def _say_pretraining(result: ProbeResult, figures: set[str]) -> list[Block]:
     )
     objective = {
         "nt_xent": f"nt_xent, temperature {loss.temperature:g}",
-        "barlow_twins": f"barlow_twins, off-diagonal weight {loss.off_diagonal_weight:g}, "
-        f"{'centred' if loss.centre else 'not centred'}",
+        "barlow_twins": f"barlow_twins, off-diagonal weight {loss.off_diagonal_weight:g}, centred",
     }[loss.name]
     peak = optimizer.base_learning_rate * run.global_batch_size / 256
     knn = "not measured" if result.pretraining_knn is None else f"{result.pretraining_knn:.2f} %"

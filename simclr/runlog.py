@@ -30,11 +30,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from simclr import files
 from simclr.host import outlive_readers, usable_cores
 from simclr.interruption import Interrupted
-
-if sys.platform != "win32":
-    import fcntl
 
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
@@ -166,7 +164,7 @@ class RunLog:
     def sync(self) -> None:
         """Return when all lines are on the disk: before a checkpoint that continues after them."""
         if self._is_main:
-            os.fsync(self._file.fileno())
+            files.sync(self._file)
 
     def close(self) -> None:
         """End the progress bar and the file."""
@@ -336,10 +334,8 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            if sys.platform == "win32":
+            if not _take(file):
                 raise OSError("Windows has no flock")
-            else:
-                _take(file)
         except BlockingIOError:
             file.seek(0)
             raise FolderInUseError(
@@ -357,27 +353,24 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
             file.truncate(0)
 
 
-def _take(file: IO[str]) -> None:
-    """Lock a file, in spite of somebody who only looks whether it is locked. Raises BlockingIOError if it is."""
+def _take(file: IO[str]) -> bool:
+    """As :func:`simclr.files.lock`, in spite of somebody who only looks whether the file is locked."""
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return files.lock(file)
         time.sleep(0.05)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return files.lock(file)
 
 
 def _is_free(lock: Path) -> bool:
     """Whether no process holds a lock; False where that cannot be known."""
-    if sys.platform == "win32":
-        return False
     try:
         with lock.open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return files.lock(file, shared=True)
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -448,12 +441,8 @@ def _keep_lines_until(path: Path, step: int) -> float:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.atomic_write(path, durable=False) as file:
+        file.write(text.encode())
 
 
 def _git_commit() -> str:

@@ -28,9 +28,9 @@ from torchvision import datasets
 import linear_probe
 import train_simclr
 from data_prep import __main__ as data_prep
-from simclr import beton, checkpoint, host, runlog
+from simclr import beton, checkpoint, files, runlog
 from simclr.beton import BetonError
-from simclr.config import OptimizerConfig, ProbeConfig, TrainConfig, derive
+from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.models import ModelConfig
 from simclr.runlog import RunLog, read_metrics, without_secrets
@@ -59,8 +59,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         global_batch_size=16,
         epochs=1,
         num_validation=0,
-        loader="memory",
-        views="torch",
+        speed=SpeedConfig(loader="memory", views="torch"),
     )
     return dataclasses.replace(config, **changes)
 
@@ -217,7 +216,7 @@ def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -
             "probe": lambda: linear_probe.main(ProbeConfig(run=run)),
         }
         for attempt in attempts.values():
-            with as_nobody(), pytest.raises(host.RefusedError, match="Permission denied: this user may not"):
+            with as_nobody(), pytest.raises(files.RefusedError, match="Permission denied: this user may not"):
                 attempt()
         for source in (tree, readable):
             with as_nobody():
@@ -230,9 +229,9 @@ def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -
 LOG_ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from simclr import host
+from simclr import files
 from simclr.runlog import RunLog
-with host.refusals_explained(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
+with files.explain_refusals(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     for step in range(99):
         log.write("train", step=step, loss=0.5)
@@ -286,10 +285,10 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
 LOG_AND_STATUS_ON_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from simclr import host
+from simclr import files
 from simclr.runlog import RunLog, Status
 folder = Path(sys.argv[1])
-with host.refusals_explained(), Status(folder, is_main=True, step=3, total_steps=99):
+with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=99):
     with RunLog(folder, is_main=True, total_steps=99) as log:
         with open(folder / "other", "wb") as other:
             try:
@@ -462,10 +461,3 @@ def test_a_manifest_holds_no_secrets(images: Path, tmp_path: Path, monkeypatch: 
         "--client_secret --epochs 3 --output runs/monkey=1"
     )
     assert without_secrets(["--global-batch-size", "8"]) == ["--global-batch-size", "8"]
-
-
-def test_only_refusals_are_explained() -> None:
-    with pytest.raises(ConnectionResetError), host.refusals_explained():
-        raise ConnectionResetError(104, "reset")
-    with pytest.raises(host.RefusedError, match=r"x/y: No space left.*free some space"), host.refusals_explained():
-        raise OSError(28, "No space left on device", "x/y")

@@ -359,15 +359,18 @@ def edit_sidecar(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "unknown entry": (lambda e: e.update(colour="red"), "unknown entries.*colour"),
-    "missing entry": (lambda e: e.pop("channel_std"), "missing entries.*channel_std"),
+    "unknown entry": (lambda e: e.update(colour="red"), r"Facts has unknown fields \['colour'\]"),
+    "missing entry": (lambda e: e.pop("channel_std"), r"Facts has missing fields \['channel_std'\]"),
     "other version": (lambda e: e.update(format_version=2), "format_version is 2"),
     "text for a number": (lambda e: e.update(num_images="64"), "num_images"),
     "true for a number": (lambda e: e.update(height=True), "height"),
     "no images": (lambda e: e.update(num_images=0), "num_images"),
     "encoding": (lambda e: e.update(encoding="png"), "encoding"),
     "quality": (lambda e: e.update(jpeg_quality=101), "jpeg_quality"),
-    "not a number": (lambda e: e.update(channel_mean=[float("nan"), 0, 0]), "NaN"),
+    "not a number": (
+        lambda e: e.update(channel_mean=[float("nan"), 0, 0]),
+        r"channel_mean\[0\] is nan, expected a finite",
+    ),
     "two channels": (lambda e: e.update(channel_mean=[0.5, 0.5]), "channel_mean"),
     "mean of 127": (lambda e: e.update(channel_mean=[127, 127, 127]), "channel_mean"),
     "checksum": (lambda e: e.update(file_sha256="0" * 63), "file_sha256"),
@@ -521,14 +524,14 @@ def test_a_sidecar_that_cannot_be_written_leaves_the_old_file(
 ) -> None:
     path = tmp_path / "a.beton"
     old = beton.write(path, *make_arrays(seed=1))
-    classes, message = [str(i) for i in range(10)], "disk that holds"
+    classes, message = [str(i) for i in range(10)], "the disk is full"
     if broken == "name":
         classes[3], message = os.fsdecode(b"caf\xe9"), r"caf\\udce9.*is not text that UTF-8 can hold"
     else:
         open_file = Path.open
 
         def full(self: Path, *arguments: Any, **options: Any) -> Any:
-            if self.name == "a.beton.json.partial":
+            if self.name.startswith(".a.beton.json."):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return open_file(self, *arguments, **options)
 
@@ -608,7 +611,7 @@ def test_a_file_size_limit_leaves_the_old_file(tmp_path: Path, encoding: str) ->
     )
     result = run_python("-c", script, str(path), encoding)
     assert result.returncode == 1
-    assert "larger than this process or file system may write" in result.stderr
+    assert "files of this process or file system may not be larger" in result.stderr
     assert "Traceback" not in result.stderr
     assert beton.verify(path) == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
@@ -646,16 +649,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     raw, jpeg, intact = result.stdout.splitlines()
     assert "needs 14.8 MB, but" in raw
     assert "MB free" in raw
-    assert "is full; free some space" in jpeg
+    assert "the disk is full; free some space" in jpeg
     assert intact == "intact"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "missing" / "a.beton", "does not exist"),
-        (lambda folder: folder / "file" / "a.beton", "is not a folder"),
-        (lambda folder: folder / "locked" / "a.beton", "no permission to write in"),
+        (lambda folder: folder / "missing" / "a.beton", "its folder does not exist"),
+        (lambda folder: folder / "file" / "a.beton", "a part of this path is a file"),
+        (lambda folder: folder / "locked" / "a.beton", "this user may not; change the rights"),
     ],
 )
 def test_a_folder_that_cannot_be_written_to_is_named(
@@ -663,15 +666,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir(mode=0o500)
-    if "permission" in message and os.access(tmp_path / "locked", os.W_OK):
+    if "user" in message and os.access(tmp_path / "locked", os.W_OK):
         pytest.skip("this user may write everywhere")
     with pytest.raises(BetonError, match=message):
         beton.write(make(tmp_path), *make_arrays())
-
-
-def test_every_disk_error_is_explained() -> None:
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        text = beton.explain(OSError(number, os.strerror(number)), "folder/a.beton")
-        assert "folder" in text
-        assert "An existing file was left as it is" in text
-    assert "something else" in beton.explain(OSError("something else"), "folder/a.beton")

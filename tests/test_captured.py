@@ -13,7 +13,7 @@ import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.captured import Captured
-from simclr.config import LossConfig, OptimizerConfig, TrainConfig
+from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.runlog import read_metrics
 from simclr.views import ViewSpec
@@ -36,7 +36,7 @@ def _no_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
-def steps(output: Path, images: Path, **changes: Any) -> list[dict[str, Any]]:
+def steps(output: Path, images: Path, *, compile: Any, form: Any = "auto", **changes: Any) -> list[dict[str, Any]]:
     """Train for 12 steps of 3 epochs; return the lines about them."""
     defaults: dict[str, Any] = {
         "data": images,
@@ -48,7 +48,7 @@ def steps(output: Path, images: Path, **changes: Any) -> list[dict[str, Any]]:
         "num_validation": 20,
         "knn_every_epochs": 2,
         "log_every_steps": 1,
-        "loader": "memory",
+        "speed": SpeedConfig(loader="memory", compile=compile, nt_xent_form=form),
     }
     try:
         train_simclr.main(TrainConfig(**{**defaults, **changes}))
@@ -73,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
         "view_1": ViewSpec(blur_probability=0.5),
         "view_2": ViewSpec(blur_probability=0.5, solarise_probability=0.5),
     },
-    "tiled loss": {"loss": LossConfig(nt_xent_form="tiled")},
+    "tiled loss": {"form": "tiled"},
 }
 
 

@@ -373,7 +373,7 @@ def renamed(model: SimCLR, old: str, new: str | None) -> dict[str, Tensor]:
         ({"config": to_json(CONFIG).replace('"seed"', '"sead"')}, "unknown fields .'sead'.*missing fields .'seed'"),
         ({"config": "{"}, "does not fit this version of the code"),
         ({"config": 5}, "does not fit this version of the code"),
-        ({"facts": to_json(FACTS).replace("1234", "-1.5")}, "Facts.file_bytes: expected int, got -1.5"),
+        ({"facts": to_json(FACTS).replace("1234", "-1.5")}, "file_bytes is -1.5, expected a whole number"),
         ({"facts": None}, r"is no pretrained model: it lacks \['facts'\]"),
     ],
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 
 from simclr import beton
 from simclr.beton import Facts
-from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, TrainConfig, derive, from_json, to_json
+from simclr.command_line import parse_train_config
+from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive, from_json, to_json
 from simclr.models import ModelConfig, SimCLR
-from simclr.presets import DEFAULT, PRESETS, parse_train_config
+from simclr.presets import DEFAULT, PRESETS
 from simclr.views import ViewSpec
 
 
@@ -130,28 +132,48 @@ def test_a_presets_batch_follows_few_images_aloud(
     ("part", "changes", "message"),
     [
         (TrainConfig, {"epochs": 0}, "epochs is 0, expected at least 1"),
-        (TrainConfig, {"seed": -1}, "seed is -1, expected 0 to 18446744073709551615"),
-        (TrainConfig, {"seed": 2**64}, "seed is 18446744073709551616, expected 0 to 18446744073709551615"),
-        (TrainConfig, {"epochs": 2**63}, "epochs is 9223372036854775808, expected .* to 9223372036854775807"),
+        (TrainConfig, {"seed": -1}, "seed is -1, expected 0 to 2"),
+        (TrainConfig, {"seed": 2**64}, "seed is 18446744073709551616, expected 0 to 2"),
+        (TrainConfig, {"epochs": 2**63}, "epochs is 9223372036854775808, expected at least 1, and below 2"),
         (TrainConfig, {"timeout_seconds": 1e300}, r"timeout_seconds is 1e\+300, expected > 0, and at most 1e9"),
         (TrainConfig, {"global_batch_size": 1}, "global_batch_size is 1, expected at least 2"),
         (TrainConfig, {"name": "a/b"}, "name is 'a/b', expected a name for a folder"),
         (TrainConfig, {"stop_at_step": 0}, "stop_at_step is 0"),
-        (TrainConfig, {"micro_batch_size": 0}, "micro_batch_size is 0, expected at least 1"),
-        (TrainConfig, {"view_sizes": ((0, 0.5),)}, r"view_sizes is \(\(0, 0.5\),\), expected pairs of a side of at l"),
-        (TrainConfig, {"micro_batch_size": 4, "compile": "default"}, "compile is default, expected none with micro_b"),
-        (TrainConfig, {"view_sizes": ((16, 0.6), (24, 0.6))}, "share > 0 of the epochs, at most 1 in all"),
-        (TrainConfig, {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)}, r"warmup_epochs is 5, expected in"),
-        (TrainConfig, {"optimizer": OptimizerConfig(base_learning_rate=0)}, "base_learning_rate is 0, expected > 0"),
+        (TrainConfig, {"speed": SpeedConfig(micro_batch_size=0)}, "speed.micro_batch_size is 0, expected at least 1"),
+        (TrainConfig, {"view_sizes": ((0, 0.5),)}, r"view_sizes\[0\]\[0\] is 0, expected at least 1"),
+        (
+            TrainConfig,
+            {"speed": SpeedConfig(micro_batch_size=4, compile="default")},
+            "compile is 'default', expected none with micro_batch_size",
+        ),
+        (
+            TrainConfig,
+            {"view_sizes": ((16, 0.6), (24, 0.6))},
+            "expected shares of the epochs that are at most 1 in all",
+        ),
+        (
+            TrainConfig,
+            {"epochs": 5, "optimizer": OptimizerConfig(warmup_epochs=5)},
+            "warmup_epochs is 5.0, expected less than epochs, 5",
+        ),
+        (
+            TrainConfig,
+            {"optimizer": OptimizerConfig(base_learning_rate=0)},
+            "optimizer.base_learning_rate is 0.0, expected > 0",
+        ),
         (TrainConfig, {"optimizer": OptimizerConfig(momentum=1)}, "momentum is 1"),
         (TrainConfig, {"optimizer": OptimizerConfig(gradient_clip_norm=0)}, "or None for no clipping"),
-        (TrainConfig, {"loss": LossConfig(temperature=0)}, "temperature is 0, expected > 0"),
+        (TrainConfig, {"loss": LossConfig(temperature=0)}, "loss.temperature is 0.0, expected > 0"),
         (TrainConfig, {"loss": LossConfig(off_diagonal_weight=-1)}, "off_diagonal_weight is -1"),
-        (ModelConfig, {"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        (ModelConfig, {"projection_dim": 0}, "model.projection_dim is 0, expected at least 1"),
         (ProbeConfig, {"run": Path("x"), "epochs": 0}, "epochs is 0"),
         (ProbeConfig, {"run": Path("x"), "seed": 2**64}, "seed is 18446744073709551616"),
-        (ProbeConfig, {"run": Path("x"), "weight_decays": (0.0, math.nan)}, "weight_decays is nan, expected a finite"),
-        (ProbeConfig, {"run": Path("x"), "learning_rates": (0.1, 0.0)}, "learning_rates is .*, expected all > 0"),
+        (
+            ProbeConfig,
+            {"run": Path("x"), "weight_decays": (0.0, math.nan)},
+            r"weight_decays\[1\] is nan, expected a finite",
+        ),
+        (ProbeConfig, {"run": Path("x"), "learning_rates": (0.1, 0.0)}, r"learning_rates\[1\] is 0.0, expected > 0"),
     ],
 )
 def test_fields_out_of_range_are_named(part: Any, changes: dict[str, Any], message: str) -> None:
@@ -185,7 +207,7 @@ def test_no_number_may_be_infinite_or_none(config: Any, number: float) -> None:
     assert len(found) > 25
     for name, holder, key in found:
         before, holder[key] = holder[key], number
-        with pytest.raises(ValueError, match=rf"{name}\b.*{number}"):
+        with pytest.raises(ValueError, match=rf"{name}\b.* is {number}, expected a finite number"):
             from_json(type(config), json.dumps(values))
         holder[key] = before
     assert from_json(type(config), json.dumps(values)) == config
@@ -228,14 +250,14 @@ def test_json_gives_an_equal_configuration_back() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("seed"), r"missing fields \['seed'\]"),
-        (lambda c: c.update(speed=1), r"unknown fields \['speed'\]"),
-        (lambda c: c.update(seed="0"), "TrainConfig.seed: expected int, got '0'"),
-        (lambda c: c.update(epochs=True), "TrainConfig.epochs: expected int, got True"),
-        (lambda c: c.update(precision="fp8"), "TrainConfig.precision: 'fp8' is none of"),
-        (lambda c: c["optimizer"].update(momentum=None), "TrainConfig.optimizer.momentum: expected float"),
-        (lambda c: c["view_1"].update(crop_scale=[0.1]), "TrainConfig.view_1.crop_scale: expected a list of 2"),
-        (lambda c: c.update(model=3), "TrainConfig.model: expected an object"),
+        (lambda c: c.pop("seed"), r"TrainConfig has missing fields \['seed'\]$"),
+        (lambda c: c.update(fast=1), r"TrainConfig has unknown fields \['fast'\]$"),
+        (lambda c: c.update(seed="0"), "seed is '0', expected a whole number"),
+        (lambda c: c.update(epochs=True), "epochs is True, expected a whole number"),
+        (lambda c: c.update(precision="fp8"), "precision is 'fp8', expected one of auto, fp32, bf16, fp16, fp64"),
+        (lambda c: c["optimizer"].update(momentum=None), "optimizer.momentum is None, expected a number"),
+        (lambda c: c["view_1"].update(crop_scale=[0.1]), r"view_1.crop_scale is \[0.1\], expected a list of 2"),
+        (lambda c: c.update(model=3), "model is 3, expected an object"),
     ],
 )
 def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -> None:
@@ -246,17 +268,31 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
 
 
 def test_settings_of_earlier_checkpoints_are_understood() -> None:
-    values = json.loads(to_json(TrainConfig(seed=3)))
-    del values["recompute"]
-    values["loss"] |= {"barlow_twins_form": "gather", "nt_xent_form": "ring"}
-    assert from_json(TrainConfig, json.dumps(values)) == TrainConfig(seed=3, loss=LossConfig(nt_xent_form="tiled"))
+    config = TrainConfig(seed=3, speed=SpeedConfig(loader="memory", nt_xent_form="tiled", kernels="torch"))
+    values = json.loads(to_json(config))
+    speed = values.pop("speed")
+    del speed["recompute"]  # came later
+    values["loss"] |= {"nt_xent_form": "ring", "kernels": speed.pop("kernels")}
+    values |= {name: value for name, value in speed.items() if name != "nt_xent_form"}
+    values["loss"] |= {"barlow_twins_form": "gather", "centre": True}
+    values["optimizer"] |= {"final_learning_rate": 0.0}
+    assert from_json(TrainConfig, json.dumps(values)) == config
+    values["optimizer"]["final_learning_rate"] = 0.1
+    with pytest.raises(ValueError, match=r"optimizer.final_learning_rate is 0.1, expected 0.0, as this version has no"):
+        from_json(TrainConfig, json.dumps(values))
+    values["optimizer"]["final_learning_rate"] = 0
+    values["loss"]["centre"] = False
+    with pytest.raises(ValueError, match=r"loss.centre is False, expected True, as this version has no other"):
+        from_json(TrainConfig, json.dumps(values))
 
 
 def test_a_table_comes_back_from_json() -> None:
-    facts = Facts(1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c", 1, "f", {})
+    facts = Facts(
+        1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c" * 64, 1, "f" * 64, {}
+    )
     facts = dataclasses.replace(facts, written_by={"simclr": "0.1"})
     assert from_json(Facts, to_json(facts)) == facts
-    with pytest.raises(ValueError, match=r"Facts.written_by.*: expected str, got 1"):
+    with pytest.raises(ValueError, match=r"written_by.simclr is 1, expected text"):
         from_json(Facts, to_json(facts).replace('"0.1"', "1"))
 
 
@@ -287,6 +323,10 @@ def test_without_a_preset_the_default_is_meant() -> None:
     ("words", "named"),
     [
         (["nope"], "nope"),
+        (["demo", "--loss.kernels", "torch"], "--loss.kernels is now --kernels"),
+        (["--loss.nt_xent_form=tiled"], "--loss.nt-xent-form is now --nt-xent-form"),
+        (["--loss.no-centre"], "--loss.no-centre was given up: .* always centred"),
+        (["demo", "--optimizer.final-learning-rate", "0.1"], "was given up: the learning rate always falls to 0"),
         (["demo", "--sed", "1"], "--sed"),
         (["demo", "--seed", "x"], "--seed"),
         (["demo", "--epochs", "0"], "epochs is 0, expected at least 1"),
@@ -297,4 +337,17 @@ def test_unknown_words_end_the_program(words: list[str], named: str, capsys: pyt
     with pytest.raises(SystemExit) as ended:
         parse_train_config(words)
     assert ended.value.code == 2
-    assert named in capsys.readouterr().err
+    assert re.search(named, capsys.readouterr().err)
+
+
+def test_options_of_speed_stand_together_and_keep_their_short_names(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "demo --loader memory --views torch --compile default --nt-xent-form tiled --kernels torch"
+    assert parse_train_config(words.split()).speed == SpeedConfig("memory", "torch", "default", "tiled", "torch")
+    assert parse_train_config(["--recompute"]).speed == SpeedConfig(recompute=True)
+    assert parse_train_config(["--micro-batch-size", "4"]).speed == SpeedConfig(micro_batch_size=4)
+    with pytest.raises(SystemExit):
+        parse_train_config(["demo", "--help"])
+    _, _, section = capsys.readouterr().out.partition("speed options")
+    shown = re.sub(r"[\s│]+", " ", section.split("╰")[0])
+    assert "None of these changes a result by more than rounding." in shown
+    assert len(re.findall(r" --(?!no-)[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))

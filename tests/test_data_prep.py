@@ -844,8 +844,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     )
     raw, jpeg = result.stderr.splitlines()
     assert raw.startswith(f"error: {tmp_path}/out/train.beton needs 10.5 MB, but {tmp_path}/out has only")
-    assert jpeg.startswith(f"error: cannot write {tmp_path}/out/train.beton: the disk that holds")
-    assert "is full; free some space" in jpeg
+    assert jpeg.startswith(f"error: cannot write {tmp_path}/out/train.beton: No space left on device")
+    assert "the disk is full; free some space" in jpeg
     assert result.stdout == ""  # nothing written, nothing left
 
 

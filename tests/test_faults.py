@@ -33,7 +33,7 @@ from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr import beton, checkpoint, memory, peers, runlog
 from simclr.beton import sidecar_path
-from simclr.config import OptimizerConfig, TrainConfig
+from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
 from simclr.finite import Guard
@@ -74,7 +74,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "knn_every_epochs": 2,
         "checkpoint_every_steps": 3,
         "log_every_steps": 1,
-        "loader": "memory",
+        "speed": SpeedConfig(loader="memory"),
     }
     return TrainConfig(**{**defaults, **changes})
 
@@ -444,7 +444,7 @@ def test_a_rank_without_memory_says_what_to_lower_and_the_others_say_why_it_left
 
 
 def test_other_errors_are_not_taken_for_full_memory() -> None:
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explained(torch.device("cpu"), 12, 2):
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.explain_shortage(torch.device("cpu"), 12, 2):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
@@ -495,7 +495,7 @@ def test_images_that_are_overwritten_are_not_trained_on(
     images: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     data = own_copy(images, tmp_path / "data")
-    changes: dict[str, Any] = {"loader": "ffcv", "checkpoint_every_steps": 1, "knn_every_epochs": 0}
+    changes: dict[str, Any] = {"speed": SpeedConfig(loader="ffcv"), "checkpoint_every_steps": 1, "knn_every_epochs": 0}
     config = settings(data, tmp_path / "run", epochs=10_000, **changes)
     with ranks(config, 1, tmp_path / "logs") as running:
         wait_for_step(running, config, 10)
@@ -518,7 +518,9 @@ def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others
     images: Path, tmp_path: Path
 ) -> None:
     data = own_copy(images, tmp_path / "data")
-    config = settings(data, tmp_path / "run", loader="ffcv", epochs=1000, knn_every_epochs=0, stop_at_step=40)
+    config = settings(
+        data, tmp_path / "run", speed=SpeedConfig(loader="ffcv"), epochs=1000, knn_every_epochs=0, stop_at_step=40
+    )
     with ranks(config, 1, tmp_path / "logs") as running:
         wait_for_step(running, config, 10)
         replace_file(data)
@@ -534,7 +536,7 @@ def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others
 @needs_ffcv
 def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images: Path, tmp_path: Path) -> None:
     data = own_copy(images, tmp_path / "data")
-    config = settings(data, tmp_path / "run", loader="ffcv", epochs=10_000, knn_every_epochs=0)
+    config = settings(data, tmp_path / "run", speed=SpeedConfig(loader="ffcv"), epochs=10_000, knn_every_epochs=0)
     with ranks(config, 1, tmp_path / "logs") as running:
         wait_for_step(running, config, 10)
         os.truncate(data, 100)

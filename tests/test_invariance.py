@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simclr import distributed
-from simclr.config import LossConfig, TrainConfig
+from simclr.config import LossConfig, SpeedConfig, TrainConfig
 from simclr.losses import barlow_twins, choose_nt_xent, nt_xent
 from simclr.tiled import TILE
 from simclr.views import ViewSpec, two_views
@@ -186,8 +186,8 @@ def test_forms_that_do_not_exist_or_fit_are_refused(arguments: dict[str, Any], m
 
 def test_a_matrix_in_bf16_is_refused_by_the_configuration() -> None:
     LossConfig(bf16_matmul=True)
-    with pytest.raises(ValueError, match=r"nt_xent_form is matrix, expected another with loss.bf16_matmul"):
-        TrainConfig(loss=LossConfig(bf16_matmul=True, nt_xent_form="matrix"))
+    with pytest.raises(ValueError, match=r"nt_xent_form is 'matrix', expected another with loss.bf16_matmul"):
+        TrainConfig(loss=LossConfig(bf16_matmul=True), speed=SpeedConfig(nt_xent_form="matrix"))
 
 
 def choices(rank: int, world_size: int) -> list[str]:

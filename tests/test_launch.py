@@ -35,7 +35,7 @@ import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr import beton, checkpoint, launch
-from simclr.config import OptimizerConfig, TrainConfig
+from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.models import ModelConfig
 from tests.helpers import forget_accelerate_state
@@ -387,11 +387,11 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
         return {leaf for key, entry in value.items() for leaf in leaves(entry, f"{name}.{key}" if name else key)}
 
     said = train_simclr.statement(config)
-    assert set(said) >= leaves(dataclasses.asdict(config)) - {"data", "loader"}
+    assert set(said) >= leaves(dataclasses.asdict(config)) - {"data", "speed.loader"}
     moved = tmp_path / "moved.beton"
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
-    assert train_simclr.statement(dataclasses.replace(config, data=moved, loader="memory")) == said
+    assert train_simclr.statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory"))) == said
     for other in (other_images(tmp_path, NUM_IMAGES), other_images(tmp_path, NUM_IMAGES + 1, seed=0)):
         there = train_simclr.statement(dataclasses.replace(config, data=other))
         assert {name for name in said if said[name] != there[name]} == {"the data"}
@@ -428,7 +428,10 @@ OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
         "optimizer.base_learning_rate is 0.1 on rank 0, 0.2 on rank 1",
     ),
     "epochs": ({"epochs": 3}, "epochs is 2 on rank 0, 3 on rank 1"),
-    "micro-batches": ({"micro_batch_size": 4}, "micro_batch_size is None on rank 0, 4 on rank 1"),
+    "micro-batches": (
+        {"speed": SpeedConfig(micro_batch_size=4)},
+        "speed.micro_batch_size is None on rank 0, 4 on rank 1",
+    ),
     "world size": ({"world_size": 3}, "world_size is 2 on rank 0, 3 on rank 1"),
     "images": ({"data": "other"}, f"the data is {NUM_IMAGES} images with sha256"),
     "more images": ({"data": "more"}, f", {NUM_IMAGES + 8} images with sha256"),

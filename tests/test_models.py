@@ -212,7 +212,7 @@ def test_encoders_that_cannot_be_made_raise(name: str, stem: Stem, size: int, me
 
 @pytest.mark.parametrize("field", ["projector_hidden", "projection_dim"])
 def test_widths_below_one_raise(field: str) -> None:
-    with pytest.raises(ValueError, match=f"model.{field} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"model.{field} is 0, expected at least 1"):
         ModelConfig(**{field: 0})  # type: ignore[arg-type]
 
 

@@ -35,13 +35,13 @@ from simclr.optim import (
         (4, 1.0),
         (9, 2.0),  # its end: the peak
         (10, 2.0),  # the cosine's beginning: the peak
-        (10 + 30, 1.5 * (2.0 - 0.2) / 2 + 0.2),  # a third of the cosine: (1 + cos 60 degrees) / 2
-        (10 + 45, (2.0 + 0.2) / 2),  # half of it: midway
-        (99, 0.2 + 1.8 * (1 - math.cos(math.pi / 90)) / 2),  # the last step, one before the end
+        (10 + 30, 1.5),  # a third of the cosine: (1 + cos 60 degrees) / 2
+        (10 + 45, 1.0),  # half of it: midway
+        (99, 2.0 * (1 - math.cos(math.pi / 90)) / 2),  # the last step, one before the end
     ],
 )
 def test_learning_rate_closed_forms(step: int, expected: float) -> None:
-    rate = learning_rate_at(step, peak=2.0, total_steps=100, warmup_steps=10, final_fraction=0.1)
+    rate = learning_rate_at(step, peak=2.0, total_steps=100, warmup_steps=10)
     assert rate == pytest.approx(expected, rel=1e-12)
 
 

@@ -20,7 +20,7 @@ import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import CLASSES, draw, shapes
 from simclr import beton, checkpoint, evaluation
-from simclr.config import LossConfig, OptimizerConfig, TrainConfig
+from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan, open_images, validation_split
 from simclr.evaluation import DivergedError
 from simclr.models import ModelConfig, SimCLR
@@ -55,7 +55,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "num_validation": 30,
         "knn_every_epochs": 1,
         "log_every_steps": 3,
-        "loader": "memory",
+        "speed": SpeedConfig(loader="memory"),
     }
     return TrainConfig(**{**defaults, **changes})
 
@@ -181,8 +181,7 @@ def test_devices_recomputed_blocks_and_forms_of_the_loss_give_the_same_weights(
         reference,
         output=tmp_path / "run",
         world_size=world_size,
-        recompute=recompute,
-        loss=dataclasses.replace(reference.loss, nt_xent_form=form),
+        speed=SpeedConfig(loader="memory", recompute=recompute, nt_xent_form=form),
     )
     run(config, world_size)
     assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 20
@@ -194,7 +193,7 @@ def test_devices_recomputed_blocks_and_forms_of_the_loss_give_the_same_weights(
 def test_a_run_may_go_on_with_recomputed_blocks(one_device: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(one_device, output=tmp_path / "run", stop_at_step=5)
     run(config)
-    run(dataclasses.replace(config, stop_at_step=None, recompute=True))
+    run(dataclasses.replace(config, stop_at_step=None, speed=SpeedConfig(loader="memory", recompute=True)))
     assert difference(weights(config), weights(one_device)) == 0
 
 
@@ -214,7 +213,9 @@ def test_micro_batches_give_the_same_weights(images: Path, tmp_path: Path, per_v
     )
     run(whole)
     for world_size, size in ((1, 9), (2, 5)):
-        config = dataclasses.replace(whole, output=tmp_path / f"{world_size}", micro_batch_size=size)
+        config = dataclasses.replace(
+            whole, output=tmp_path / f"{world_size}", speed=SpeedConfig(loader="memory", micro_batch_size=size)
+        )
         run(config, world_size)
         assert checkpoint.load_resumable(config.folder / checkpoint.LAST)["step"] == 2
         assert 0 < difference(weights(config), weights(whole)) < 1e-9
@@ -239,7 +240,7 @@ def test_in_float32_devices_differ_by_rounding(images: Path, tmp_path: Path) -> 
 
 def test_ffcv_gives_the_same_weights_bit_for_bit(one_device: TrainConfig, tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
-    config = dataclasses.replace(one_device, output=tmp_path / "run", loader="ffcv")
+    config = dataclasses.replace(one_device, output=tmp_path / "run", speed=SpeedConfig(loader="ffcv"))
     run(config)
     assert is_equal(weights(config), weights(one_device))
     assert json.loads((config.folder / "manifest.json").read_text())["loader"].startswith("ffcv")
@@ -247,7 +248,7 @@ def test_ffcv_gives_the_same_weights_bit_for_bit(one_device: TrainConfig, tmp_pa
 
 def test_fused_views_give_the_same_run_with_any_loader_and_in_pieces(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("numba")
-    fused: dict[str, Any] = {"precision": "fp32", "views": "fused"}
+    fused: dict[str, Any] = {"precision": "fp32", "speed": SpeedConfig(loader="memory", views="fused")}
     whole, in_pieces, with_ffcv = (settings(images, tmp_path / name, **fused) for name in ("a", "b", "c"))
     run(whole)
     assert json.loads((whole.folder / "manifest.json").read_text())["views"].startswith("fused")
@@ -255,18 +256,23 @@ def test_fused_views_give_the_same_run_with_any_loader_and_in_pieces(images: Pat
         run(dataclasses.replace(in_pieces, stop_at_step=stop))
     assert is_equal(weights(in_pieces), weights(whole))
     pytest.importorskip("ffcv")
-    run(dataclasses.replace(with_ffcv, loader="ffcv"))
+    run(dataclasses.replace(with_ffcv, speed=SpeedConfig(loader="ffcv", views="fused")))
     assert is_equal(weights(with_ffcv), weights(whole))
 
 
 def test_fused_views_and_others_differ_by_rounding(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("numba")
     ways: tuple[Any, Any] = ("fused", "torch")
-    one, other = (settings(images, tmp_path / way, precision="fp32", views=way, stop_at_step=1) for way in ways)
+    one, other = (
+        settings(
+            images, tmp_path / way, precision="fp32", speed=SpeedConfig(loader="memory", views=way), stop_at_step=1
+        )
+        for way in ways
+    )
     run(one)
     run(other)
     assert 0 < difference(weights(one), weights(other)) < 1e-4
-    run(dataclasses.replace(one, views="torch", stop_at_step=2))  # so a run may go on with the others
+    run(dataclasses.replace(one, speed=other.speed, stop_at_step=2))  # so a run may go on with the others
 
 
 def test_the_seed_decides(one_device: TrainConfig, tmp_path: Path) -> None:
@@ -305,10 +311,12 @@ def test_a_compiled_run_is_the_same_and_goes_on_without(
     one_device: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    config = dataclasses.replace(one_device, output=tmp_path / "run", compile="default")
+    config = dataclasses.replace(
+        one_device, output=tmp_path / "run", speed=SpeedConfig(loader="memory", compile="default")
+    )
     run(dataclasses.replace(config, stop_at_step=STEPS + 1))
     assert any((tmp_path / "cache").rglob("*.so"))  # something was compiled
-    run(dataclasses.replace(config, compile="none"))
+    run(dataclasses.replace(config, speed=one_device.speed))
     assert difference(weights(config), weights(one_device)) < 1e-11
 
 

@@ -28,7 +28,7 @@ import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import Decoded, torchvision_transform
 from benchmarks.step import masked_nt_xent, matrix_product_rate, open_run, plain_step, step_flops
-from simclr.config import TrainConfig
+from simclr.config import SpeedConfig, TrainConfig
 from simclr.host import usable_cores
 from simclr.losses import nt_xent
 from simclr.models import SimCLR
@@ -117,10 +117,9 @@ def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
         config = dataclasses.replace(
             config,
             data=Path(name, "noise.beton"),
-            loader="memory",
+            speed=SpeedConfig(loader="memory", compile=variant.compile),
             output=Path(name),
             precision=variant.precision,
-            compile=variant.compile,
             num_validation=0,
             view_sizes=(),
         )

@@ -1,0 +1,128 @@
+"""Files that are at every moment the old one or the whole new one, locks, and what a refusal of the disk means."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+if sys.platform != "win32":
+    import fcntl
+
+PathLike = str | os.PathLike[str]
+
+_ADVICE = {
+    errno.EACCES: "this user may not; change the rights (chmod, chown) or take another place",
+    errno.EPERM: "this user may not; change the rights (chmod, chown) or take another place",
+    errno.ENOSPC: "the disk is full; free some space or take another place",
+    errno.EDQUOT: "your quota is used up; free some space or take another place",
+    errno.EFBIG: "files of this process or file system may not be larger (ulimit -f)",
+    errno.EROFS: "the disk is read-only; take another place",
+    errno.ENOTDIR: "a part of this path is a file; take another place",
+    errno.EEXIST: "a file has this name; take another place",
+}
+_ADVICE_TO_WRITERS = _ADVICE | {
+    errno.ENOENT: "its folder does not exist; make it or take another place",
+    errno.EWOULDBLOCK: "another process is writing this file; wait for it or stop it",
+}
+
+
+class RefusedError(ValueError):
+    """The operating system refuses to read or write a file; the user can change that."""
+
+
+@contextlib.contextmanager
+def explain_refusals() -> Iterator[None]:
+    """Turn the operating system's refusals of rights and space into errors that say what to do.
+
+    Raises:
+        RefusedError: In place of those errors; others pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (advice := _ADVICE.get(error.errno or 0)) is None:
+            raise
+        where = "writing" if error.filename is None else error.filename
+        raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
+
+
+def explain_write_error(error: OSError, path: PathLike) -> str:
+    """Return what the operating system's refusal to write ``path`` means, and what to do about it."""
+    advice = _ADVICE_TO_WRITERS.get(error.errno or 0)
+    reason = f"{error.strerror}: {advice}" if advice else str(error)
+    return f"cannot write {path}: {reason}. An existing file was left as it is"
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike, *, durable: bool = True) -> Iterator[io.BufferedRandom]:
+    """Open a new file that takes the name ``path`` at the end of the ``with`` block, unless that raises.
+
+    Until then ``path`` stays as it was. What programs killed at the same work left behind is removed.
+
+    Args:
+        path: Where to. Its folder must exist.
+        durable: Whether to wait until the disk has it, so that it survives a power cut, too.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    # A name of its own, so that two programs that write at once cannot mix their bytes.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
+            left_behind.unlink()
+        with temporary.open("x+b") as file:
+            yield file
+            if durable:
+                sync(file)
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync(file: IO[bytes] | IO[str]) -> None:
+    """Return when all that was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: PathLike) -> None:
+    """Return when a folder's new, changed and removed names are on the disk; on Windows at once, which cannot tell."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: IO[bytes] | IO[str], *, shared: bool = False) -> bool:
+    """Lock an open file (flock) until it is closed or the process ends, however it ends.
+
+    Args:
+        file: The file.
+        shared: Whether others may hold a shared lock at the same time.
+
+    Returns:
+        True; False on Windows, which has no such locks.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+        OSError: If the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return False
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    return True

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from simclr import files
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    (tmp_path / ".a.01234567.tmp").touch()  # left behind by a program that was killed
+    with pytest.raises(TypeError), files.atomic_write(path, durable=durable) as file:
+        file.writelines([b"half", "no bytes"])  # type: ignore[list-item]
+    assert path.read_bytes() == b"old"
+    with files.atomic_write(path, durable=durable) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_only_what_is_to_last_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    with files.atomic_write(tmp_path / "a", durable=False):
+        pass
+    assert synced == []
+    with files.atomic_write(tmp_path / "b"):
+        pass
+    assert synced == [(tmp_path / "b").stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as first, (tmp_path / "lock").open() as second:
+        assert files.lock(first, shared=True)
+        assert files.lock(second, shared=True)
+        with pytest.raises(BlockingIOError):
+            files.lock(second)
+        first.close()
+        assert files.lock(second)
+
+
+def test_only_refusals_are_explained() -> None:
+    with pytest.raises(ConnectionResetError), files.explain_refusals():
+        raise ConnectionResetError(104, "reset")
+    with pytest.raises(files.RefusedError, match=r"x/y: No space left.*free some space"), files.explain_refusals():
+        raise OSError(errno.ENOSPC, "No space left on device", "x/y")
+
+
+@pytest.mark.parametrize(
+    "name", ["ENOSPC", "EDQUOT", "EACCES", "EPERM", "EFBIG", "EROFS", "ENOTDIR", "ENOENT", "EAGAIN"]
+)
+def test_whoever_cannot_write_learns_what_to_do(name: str) -> None:
+    number = getattr(errno, name)
+    text = files.explain_write_error(OSError(number, os.strerror(number)), "folder/a.beton")
+    start = f"cannot write folder/a.beton: {os.strerror(number)}: "
+    assert text.startswith(start)
+    assert text.endswith(". An existing file was left as it is")
+    assert len(text) > len(start) + 60
+    assert "something else" in files.explain_write_error(OSError("something else"), "a")
