@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from simclr import checkpoint, distributed, evaluation, files, host, launch, losses, memory, runlog
 from simclr.beton import Facts, load_facts
-from simclr.captured import Captured
+from simclr.captured import Captured, Way, choose_way
 from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.command_line import parse_train_config
 from simclr.config import Derived, SpeedConfig, TrainConfig, derive, flattened, from_json, to_json
@@ -108,11 +108,6 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)
 
-        plain_model, model, optimizer = prepare_model(config, derived, size, accelerator)
-        if config.resume == "must" and not config.folder.exists():
-            raise CheckpointError(
-                f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
-            )
         feed = ViewFeed(
             source,
             config.view_1,
@@ -123,10 +118,16 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
         )
+        way = way_of_steps(config, derived, accelerator, feed)
+        plain_model, model, optimizer = prepare_model(config, derived, size, accelerator, way)
+        if config.resume == "must" and not config.folder.exists():
+            raise CheckpointError(
+                f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
+            )
         with runlog.locked(config.folder, is_main=is_main) as lock:
             progress = resume(config, derived, source.facts, plain_model, optimizer, accelerator)
             if is_main:
-                say_start(config, derived, source, feed, accelerator, precision_reason, plain_model, progress)
+                say_start(config, derived, source, feed, way, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
                 write_manifest(config, derived, source, feed, accelerator, progress)
@@ -171,12 +172,11 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
                     plain_model=plain_model,
                     optimizer=optimizer,
                     guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
-                    captured=None,
+                    way=way,
                     progress=progress,
                     writer=writer,
                     peers=peers,
                 )
-                run = dataclasses.replace(run, captured=capture(run))
                 try:
                     train(run, log)
                 except DivergedError as error:
@@ -185,8 +185,23 @@ def pretrain(config: TrainConfig, peers: Peers) -> None:
         tracker.finish()
 
 
+def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator, feed: ViewFeed) -> Way:
+    """Return how the steps of a run are computed; raise a ValueError if it cannot be done as configured."""
+    smaller = sum(epochs for _, epochs in config.view_stages)
+    longest = max([*(epochs for _, epochs in config.view_stages), config.epochs - smaller])
+    return choose_way(
+        config.speed.compile,
+        device=accelerator.device,
+        world_size=derived.world_size,
+        has_scaler=accelerator.scaler is not None,
+        saves_memory=config.speed.recompute or config.speed.micro_batch_size is not None,
+        views=feed.method,
+        longest_stage=longest * derived.steps_per_epoch * config.global_batch_size,
+    )
+
+
 def prepare_model(
-    config: TrainConfig, derived: Derived, size: int, accelerator: Accelerator
+    config: TrainConfig, derived: Derived, size: int, accelerator: Accelerator, way: Way
 ) -> tuple[SimCLR, nn.Module, Any]:
     """Return the model, as it is and as accelerate prepared it, and the optimizer; the same weights on every rank."""
     torch.manual_seed(config.seed)
@@ -200,12 +215,11 @@ def prepare_model(
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
     if config.speed.recompute:
         recompute_blocks(plain_model)
-    if config.speed.compile.startswith("graph"):
+    if way.is_captured:
         torch.backends.cudnn.benchmark = True  # shapes are fixed, and the fastest kernels are found before capture
-    if config.speed.compile in {"default", "reduce-overhead", "graph-compiled"}:
+    if way.is_compiled:
         # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
-        mode = "default" if config.speed.compile == "graph-compiled" else config.speed.compile
-        plain_model.compile(mode=mode, dynamic=False)
+        plain_model.compile(dynamic=False)
     optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
     with warnings.catch_warnings():
         # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
@@ -246,11 +260,21 @@ class Run:
     optimizer: Any
     guard: Guard
     """Takes optimizer steps."""
-    captured: Captured | None
-    """Replays steps as one CUDA graph; None: they are taken plainly."""
+    way: Way
+    """How steps are computed."""
     progress: Progress
     writer: CheckpointWriter
     peers: Peers
+
+    @functools.cached_property
+    def captured(self) -> Captured | None:
+        """The step as one CUDA graph, views included, if that is how it is computed."""
+        if not self.way.is_captured:
+            return None
+        return Captured(
+            lambda *recipe: update(self, self.feed.make(*recipe)),
+            lambda error: print(f"step:       launch by launch, since it cannot be captured: {error}", flush=True),
+        )
 
     @property
     def epoch(self) -> int:
@@ -333,8 +357,6 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Update the weights; return loss, norms of the gradients, z1 and z2. The learning rate is set before."""
     config = run.config
     run.guard.begin()
-    if config.speed.compile == "reduce-overhead":
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # all passes belong to one step
     passes = whole_batch if config.speed.micro_batch_size is None else in_micro_batches
     loss, z1, z2 = passes(run, views)
     run.accelerator.unscale_gradients(run.optimizer)
@@ -351,16 +373,6 @@ def batches(run: Run, epoch: int, start_step: int) -> Iterator[Tensor | tuple[Te
     if run.captured is None:
         return run.feed.batches(run.plan, epoch=epoch, start_step=start_step)
     return run.feed.recipes(run.plan, epoch=epoch, start_step=start_step)
-
-
-def capture(run: Run) -> Captured | None:
-    """Return the step of a run as a CUDA graph, views included, if that is how it is computed."""
-    if not run.config.speed.compile.startswith("graph"):
-        return None
-    return Captured(
-        lambda *recipe: update(run, run.feed.make(*recipe)),
-        lambda error: print(f"step:       launch by launch, since it cannot be captured: {error}", flush=True),
-    )
 
 
 def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -839,6 +851,7 @@ def say_start(
     derived: Derived,
     source: ImageSource,
     feed: ViewFeed,
+    way: Way,
     accelerator: Accelerator,
     precision: str,
     model: SimCLR,
@@ -854,8 +867,8 @@ def say_start(
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
-    if config.speed.compile != "none":
-        print(f"compile:    {config.speed.compile}, as configured, for fixed shapes; the first step waits for it")
+    compiled = "compiled for fixed shapes, for which the first step waits" if way.is_compiled else "not compiled"
+    print(f"step:       {'one CUDA graph' if way.is_captured else 'launch by launch'}, {compiled} ({way.reason})")
     if config.speed.recompute:
         print("recompute:  the encoder's blocks, again in the backward pass")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"

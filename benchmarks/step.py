@@ -107,16 +107,17 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
         open_images(config.data, backend=config.speed.loader, device=device if on_device else torch.device("cpu"))
     )
     derived = derive(config, source.facts.num_images, 1)
-    plain, model, optimizer = train_simclr.prepare_model(config, derived, source.facts.height, accelerator)
-    model.train()
     host.keep_freed_memory()
     dtype = train_simclr.forward_dtype(accelerator, config)
     specs, stages = (config.view_1, config.view_2), config.view_stages
     feed = stack.enter_context(
         ViewFeed(source, *specs, seed=config.seed, view_stages=stages, device=device, dtype=dtype)
     )
+    way = train_simclr.way_of_steps(config, derived, accelerator, feed)
+    plain, model, optimizer = train_simclr.prepare_model(config, derived, source.facts.height, accelerator, way)
+    model.train()
     plan = EpochPlan(np.arange(source.facts.num_images), config.global_batch_size, seed=config.seed)
-    run = train_simclr.Run(
+    return train_simclr.Run(
         config=config,
         derived=derived,
         source=source,
@@ -127,12 +128,11 @@ def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: boo
         plain_model=plain,
         optimizer=optimizer,
         guard=Guard(plain, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
-        captured=None,
+        way=way,
         progress=train_simclr.Progress(step=1),
         writer=stack.enter_context(CheckpointWriter(config.folder, keep=1, last_step=None)),
         peers=stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals())),
     )
-    return dataclasses.replace(run, captured=train_simclr.capture(run))
 
 
 def prepare(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from tyro.conf import OmitArgPrefixes
 
 from simclr import schema
+from simclr.captured import CompileChoice
 from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
@@ -89,13 +90,13 @@ class SpeedConfig:
     """Who reads the images; both give the same batches."""
 
     views: Literal["auto", "fused", "triton", "torch"] = "auto"
-    """Who computes the views. fused: one compiled pass on the CPU. torch: batched operations on the device. auto: fused
-    on CPUs with numba, torch on GPUs and for fp64."""
+    """Who computes the views. fused: one compiled pass on the CPU. triton: one launch on a GPU. torch: batched
+    operations on the device. auto: fused on CPUs with numba, triton on GPUs, torch elsewhere and for fp64."""
 
-    compile: Literal["none", "default", "reduce-overhead", "graph", "graph-compiled"] = "none"
-    """Whether torch.compile makes the forward and backward pass, for the shapes at hand; the first step then takes
-    seconds to minutes. reduce-overhead: with CUDA graphs, on GPUs. graph: the whole step, views included, replayed as
-    one CUDA graph. graph-compiled: both."""
+    compile: CompileChoice = "auto"
+    """How a step is computed. none: launch by launch. default: by torch.compile, for the shapes at hand; the first step
+    then takes seconds to minutes. graph: the whole step, views included, is one CUDA graph. graph-compiled: both. auto:
+    a graph on one GPU, compiled where the run is long enough to pay for it, else none."""
 
     nt_xent_form: NTXentForm = "auto"
     """How nt_xent is computed: see simclr.losses. auto: by size and device."""
@@ -210,7 +211,8 @@ class TrainConfig:
         warmup, speed = self.optimizer.warmup_epochs, self.speed
         require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, f"less than epochs, {self.epochs}")
         if speed.micro_batch_size is not None or speed.recompute:
-            require(speed.compile == "none", "compile", speed.compile, "none with micro_batch_size and recompute")
+            possible = speed.compile in {"auto", "none"}
+            require(possible, "compile", speed.compile, "auto or none with micro_batch_size and recompute")
         if self.loss.bf16_matmul:
             require(speed.nt_xent_form != "matrix", "nt_xent_form", "matrix", "another with loss.bf16_matmul")
 
@@ -410,7 +412,7 @@ _MOVED = {
 }
 _ADDED_LATER = {"speed.recompute": False}
 _GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
-_RENAMED = {("speed.nt_xent_form", "ring"): "tiled"}
+_RENAMED = {("speed.nt_xent_form", "ring"): "tiled", ("speed.compile", "reduce-overhead"): "graph-compiled"}
 
 
 def from_json(kind: type[Config], text: str) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
@@ -271,6 +272,8 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return f"Triton does not import ({error})"
     if device.type != "cuda" and not IS_INTERPRETED:
         return f"Triton computes on GPUs, and this run on {device.type}"
+    if not IS_INTERPRETED and not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler, gcc, clang or CC"
     return None
 
 

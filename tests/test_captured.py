@@ -12,7 +12,7 @@ import torch
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr.captured import Captured
+from simclr.captured import Captured, choose_way
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.runlog import read_metrics
@@ -75,6 +75,43 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "tiled loss": {"form": "tiled"},
 }
+
+
+POSSIBLE: dict[str, Any] = {
+    "device": torch.device("cuda"),
+    "world_size": 1,
+    "has_scaler": False,
+    "saves_memory": False,
+    "views": "triton",
+    "longest_stage": 10_000_000,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"device": torch.device("cpu")}, "on cpu"),
+        ({"world_size": 2}, "2 processes"),
+        ({"has_scaler": True}, "fp16"),
+        ({"saves_memory": True}, "recompute"),
+        ({"views": "torch"}, "by torch"),
+    ],
+)
+def test_what_cannot_be_a_graph_is_taken_launch_by_launch_with_the_reason(change: dict[str, Any], why: str) -> None:
+    way = choose_way("auto", **(POSSIBLE | change))
+    assert (way.is_compiled, way.is_captured) == (False, False)
+    assert why in way.reason
+    with pytest.raises(ValueError, match=f"compile is graph, but .*{why}.*--compile auto"):
+        choose_way("graph", **(POSSIBLE | change))
+    assert choose_way("default", **(POSSIBLE | change))[:2] == (True, False)
+
+
+def test_a_graph_is_compiled_where_the_run_is_long_enough() -> None:
+    assert choose_way("auto", **POSSIBLE)[:2] == (True, True)
+    assert choose_way("auto", **(POSSIBLE | {"longest_stage": 100_000}))[:2] == (False, True)
+    assert choose_way("graph", **POSSIBLE)[:2] == (False, True)
+    assert choose_way("graph-compiled", **POSSIBLE)[:2] == (True, True)
+    assert choose_way("none", **POSSIBLE)[:2] == (False, False)
 
 
 @pytest.mark.gpu

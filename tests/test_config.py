@@ -144,7 +144,7 @@ def test_a_presets_batch_follows_few_images_aloud(
         (
             TrainConfig,
             {"speed": SpeedConfig(micro_batch_size=4, compile="default")},
-            "compile is 'default', expected none with micro_batch_size",
+            "compile is 'default', expected auto or none with micro_batch_size",
         ),
         (
             TrainConfig,

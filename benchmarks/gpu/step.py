@@ -50,7 +50,6 @@ VARIANTS = {
     "bfloat16": Variant(),
     "bfloat16, images sent from the host": Variant(on_device=False),
     "bfloat16, compiled": Variant(compile="default"),
-    "bfloat16, compiled, CUDA graphs": Variant(compile="reduce-overhead"),
     "bfloat16, one graph": Variant(compile="graph"),
     "bfloat16, one graph, compiled": Variant(compile="graph-compiled"),
 }
