@@ -488,7 +488,7 @@ class Writer:
         self._sizes = np.zeros(num_images, np.int64)
         self._next_page = _round_up(_METADATA_OFFSET + self._metadata.nbytes, self._page_size)
         self._digest = _content_digest(encoding, num_images, height, width)
-        with self._disk_errors():
+        with _disk_errors(self.path):
             if encoding == "raw":  # the size of JPEG streams is not known yet
                 self._check_free_space()
             self._file = _open_exclusively(self._partial)
@@ -561,7 +561,7 @@ class Writer:
 
     def _write_page(self) -> None:
         self._page[self._page_used :] = 0
-        with self._disk_errors():
+        with _disk_errors(self.path):
             self._file.seek(self._next_page)
             self._file.write(self._page.data)
         self._next_page += self._page_size
@@ -595,7 +595,7 @@ class Writer:
         allocations = np.zeros(self._num_images, _ALLOCATION)
         allocations["index"] = np.arange(self._num_images)
         allocations["offset"], allocations["size"] = self._metadata["offset"], self._sizes
-        with self._disk_errors():
+        with _disk_errors(self.path):
             self._file.seek(self._next_page)
             self._file.write(allocations.tobytes())
             self._file.seek(0)
@@ -620,7 +620,7 @@ class Writer:
         if self._facts is None:
             raise BetonError(f"{self.path}: commit before finish")
         sidecar = sidecar_path(self.path)
-        with self._disk_errors(), files.atomic_write(sidecar) as file:
+        with _disk_errors(self.path), files.atomic_write(sidecar) as file:
             file.write(_facts_as_json(self.path, self._facts))
             files.sync(file)
             sidecar.unlink(missing_ok=True)
@@ -640,13 +640,6 @@ class Writer:
                 f"{self.path} needs {needed / 1e6:.1f} MB, but {self.path.parent} has only {free / 1e6:.1f} MB free. "
                 "Free some space or write it elsewhere"
             )
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BetonError(files.explain_write_error(error, self.path)) from error
 
 
 def write(
@@ -810,11 +803,8 @@ def save_facts(path: PathLike, facts: Facts) -> None:
     """
     check(path, facts)
     sidecar = sidecar_path(path)
-    try:
-        with files.atomic_write(sidecar) as file:
-            file.write(_facts_as_json(path, facts))
-    except OSError as error:
-        raise BetonError(files.explain_write_error(error, sidecar)) from error
+    with _disk_errors(sidecar), files.atomic_write(sidecar) as file:
+        file.write(_facts_as_json(path, facts))
 
 
 def _facts_as_json(path: PathLike, facts: Facts) -> bytes:
@@ -920,6 +910,15 @@ def _checked_labels(labels: ArrayLike, num_images: int) -> NDArray[np.int64]:
     if num_images and int(array.min()) < -1:
         raise BetonError(f"labels must be -1 (no label) or above, got {array.min()}")
     return array.astype(np.int64)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raise BetonError in place of the operating system's refusals to write ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise BetonError(files.explain_write_error(error, path)) from error
 
 
 def _open_exclusively(partial: Path) -> IO[bytes]:
