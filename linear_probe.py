@@ -26,7 +26,7 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import beton, evaluation, files, host, launch, report, runlog
+from simclr import beton, checkpoint, evaluation, files, host, launch, report, runlog
 from simclr.beton import Facts
 from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig, default_num_validation
@@ -96,7 +96,7 @@ def main(config: ProbeConfig) -> Path:
         pairs = picture_views(task)
 
     # The whole classifier, and the report
-    save_and_compare(output / evaluation.CLASSIFIER, measured.classifier, task)
+    save_and_compare(output / checkpoint.CLASSIFIER, measured.classifier, task)
     manifest, metrics = pretraining_records(pretrained.path.parent)
     result = ProbeResult(
         config=config,
@@ -126,7 +126,7 @@ def main(config: ProbeConfig) -> Path:
     print(f"\n{report.summary(result)}\n")
     if remark := report.at_edge(config, result.chosen):
         print(f"{remark}\n")
-    print(f"classifier: {output / evaluation.CLASSIFIER}\nreport:     {path}")
+    print(f"classifier: {output / checkpoint.CLASSIFIER}\nreport:     {path}")
     return path
 
 
@@ -561,14 +561,14 @@ def chance(train: Facts, test: Facts) -> float:
 
 def save_and_compare(path: Path, classifier: Classifier, task: Task) -> None:
     """Save the classifier, and prove that what is loaded back is what was measured."""
-    evaluation.save_classifier(
+    checkpoint.save_classifier(
         path,
         classifier,
         pretraining=task.pretrained.config,
         pretraining_facts=task.pretrained.facts,
         probe=task.config,
     )
-    if evaluation.fingerprint(evaluation.load_classifier(path)) != evaluation.fingerprint(classifier):
+    if evaluation.fingerprint(checkpoint.load_classifier(path)) != evaluation.fingerprint(classifier):
         raise RuntimeError(f"{path} does not hold the classifier that was measured: the disk returned other bytes")
 
 

@@ -558,12 +558,13 @@ def measure_knn(run: Run) -> float:
     It is done in parts, and before each the ranks tell each other that they go on.
     """
     assert run.config.num_validation is not None
+    still_measuring = functools.partial(run.peers.working, "measuring kNN accuracy")
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
     at_once = MEASURED_AT_ONCE * run.derived.world_size
 
     def parts(rows: NDArray[np.int64]) -> Iterator[Features]:
         for start in range(0, len(rows), at_once):
-            run.peers.working("measuring kNN accuracy")
+            still_measuring()
             yield evaluation.extract_features(
                 run.plain_model.encoder,
                 run.source,
@@ -574,14 +575,14 @@ def measure_knn(run: Run) -> float:
                 rank=run.accelerator.process_index,
             )
 
-    bank = Features.joined(list(parts(bank_rows)))
-    k, num_classes = min(20, len(bank_rows)), run.source.facts.num_classes
-    right = 0
-    for queries in parts(query_rows):
-        run.peers.working("measuring kNN accuracy")
-        predicted = evaluation.knn_predict(bank, queries, k=k, num_classes=num_classes)
-        right += int((predicted == queries.label).sum())
-    return 100 * right / len(query_rows)
+    bank, queries = (Features.joined(list(parts(rows))) for rows in (bank_rows, query_rows))
+    return evaluation.knn_accuracy(
+        bank,
+        queries,
+        k=min(20, len(bank_rows)),
+        num_classes=run.source.facts.num_classes,
+        before_block=still_measuring,
+    )
 
 
 def require_finite_weights(run: Run) -> None:

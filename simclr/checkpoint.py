@@ -5,6 +5,7 @@ Files in a run's folder, all of one format:
     checkpoint_last.pt            everything needed to continue (also optimizer and gradient scaler)
     checkpoint_step<number>.pt    the ones before it, to fall back to
     simclr_best_epoch.pt          the model of the epoch with the best validation kNN accuracy
+    simclr_lin_best.pt            encoder and linear classifier, which linear_probe.py writes
 
 Each is a zip archive as torch.save writes it, and ends with the SHA-256 of all bytes before: whatever was deleted, cut
 off, zeroed or flipped since is noticed before anything is used. torch.load and zip tools take that for a comment.
@@ -30,13 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from simclr.beton import Facts
-from simclr.config import TrainConfig, from_json
+from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
+from simclr.evaluation import Classifier
 from simclr.files import PathLike, atomic_write
-from simclr.models import SimCLR
+from simclr.models import SimCLR, make_encoder
 
 SCHEMA = 2
 LAST = "checkpoint_last.pt"
 BEST = "simclr_best_epoch.pt"
+CLASSIFIER = "simclr_lin_best.pt"
 _MODEL_KEYS = {"schema", "kind", "model", "config", "facts", "step", "epoch", "knn_accuracy", "best_knn_accuracy"}
 _RESUME_KEYS = _MODEL_KEYS | {"optimizer", "scaler", "world_size"}
 _EARLIER = re.compile(r"checkpoint_step(\d+)\.pt")
@@ -370,6 +373,52 @@ def load_pretrained(path: PathLike, device: torch.device | str = "cpu") -> Pretr
         knn_accuracy=payload["knn_accuracy"],
         path=path,
     )
+
+
+def save_classifier(
+    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
+) -> None:
+    """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
+    payload = {
+        "schema": SCHEMA,
+        "kind": "classifier",
+        "model": classifier.state_dict(),
+        "classes": list(classifier.classes),
+        "config": to_json(pretraining),
+        "facts": to_json(pretraining_facts),
+        "probe": to_json(probe),
+    }
+    save_atomically(path, payload)
+
+
+def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
+    """Load ``simclr_lin_best.pt``.
+
+    Args:
+        path: The file, or the folder that holds it.
+        device: Where it goes.
+
+    Returns:
+        The classifier in eval mode: uint8 (b, H, W, 3) -> logits (b, c).
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
+    """
+    path = Path(path)
+    payload = load_safely(path / CLASSIFIER if path.is_dir() else path)
+    if payload.get("kind") != "classifier":
+        raise CheckpointError(
+            f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
+        )
+    try:
+        config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
+        encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
+        num_classes, width = payload["model"]["head.weight"].shape
+        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
+        classifier.load_state_dict(payload["model"], strict=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this version of the code: {error}") from error
+    return classifier.to(device).eval()
 
 
 def _difference(found: set[str], expected: set[str]) -> str:

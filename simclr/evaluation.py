@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,20 +19,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed
-from simclr.beton import Facts
-from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
+from simclr import distributed
+from simclr.config import ProbeConfig
 from simclr.data import EpochPlan
-from simclr.files import PathLike
-from simclr.models import make_encoder
 from simclr.optim import learning_rate_at
 from simclr.tiled import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
     from simclr.data import Batch, ImageSource
-
-CLASSIFIER = "simclr_lin_best.pt"
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -206,7 +200,13 @@ def _in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) 
 
 
 def knn_predict(
-    bank: Features, queries: Features, *, k: int = 20, temperature: float = 0.1, num_classes: int
+    bank: Features,
+    queries: Features,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+    num_classes: int,
+    before_block: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Classify by the k nearest neighbours of each query, weighted by similarity.
 
@@ -219,6 +219,8 @@ def knn_predict(
         k: Number of neighbours, at most m.
         temperature: > 0, unitless.
         num_classes: c; labels of the bank lie in [0, c).
+        before_block: Called before each block of queries, so that a long computation can give signs of life. The
+            number of blocks depends on m and q alone.
 
     Returns:
         Predicted labels, int64 (q,).
@@ -242,6 +244,7 @@ def knn_predict(
     bank_rows = unit_rows(bank.representation)
     predictions = []
     for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
+        before_block()
         similarity, neighbour = (unit_rows(block) @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
@@ -250,11 +253,19 @@ def knn_predict(
 
 
 def knn_accuracy(
-    bank: Features, queries: Features, *, k: int = 20, temperature: float = 0.1, num_classes: int
+    bank: Features,
+    queries: Features,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+    num_classes: int,
+    before_block: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the percentage of queries that :func:`knn_predict` classifies rightly. Arguments and errors as there."""
     _require_labels(queries, num_classes, "the queries")
-    predicted = knn_predict(bank, queries, k=k, temperature=temperature, num_classes=num_classes)
+    predicted = knn_predict(
+        bank, queries, k=k, temperature=temperature, num_classes=num_classes, before_block=before_block
+    )
     return percent_equal(predicted, queries.label)
 
 
@@ -562,52 +573,6 @@ def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
 def head_predict(head: nn.Linear, features: Features) -> Tensor:
     """Return the predicted labels, int64 (m,)."""
     return torch.cat([head(block).argmax(dim=1) for block in torch.split(features.representation, 8192)])
-
-
-def save_classifier(
-    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
-) -> None:
-    """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
-    payload = {
-        "schema": checkpoint.SCHEMA,
-        "kind": "classifier",
-        "model": classifier.state_dict(),
-        "classes": list(classifier.classes),
-        "config": to_json(pretraining),
-        "facts": to_json(pretraining_facts),
-        "probe": to_json(probe),
-    }
-    checkpoint.save_atomically(path, payload)
-
-
-def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
-    """Load ``simclr_lin_best.pt``.
-
-    Args:
-        path: The file, or the folder that holds it.
-        device: Where it goes.
-
-    Returns:
-        The classifier in eval mode: uint8 (b, H, W, 3) -> logits (b, c).
-
-    Raises:
-        CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
-    """
-    path = Path(path)
-    payload = checkpoint.load_safely(path / CLASSIFIER if path.is_dir() else path)
-    if payload.get("kind") != "classifier":
-        raise checkpoint.CheckpointError(
-            f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
-        )
-    try:
-        config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
-        encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
-        num_classes, width = payload["model"]["head.weight"].shape
-        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
-        classifier.load_state_dict(payload["model"], strict=True)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise checkpoint.CheckpointError(f"{path} does not fit this version of the code: {error}") from error
-    return classifier.to(device).eval()
 
 
 def fine_tune(

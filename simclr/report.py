@@ -24,8 +24,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from simclr.beton import Facts
+from simclr.checkpoint import CLASSIFIER
 from simclr.config import ProbeConfig, TrainConfig, to_json
-from simclr.evaluation import CLASSIFIER, Candidate, Curve
+from simclr.evaluation import Candidate, Curve
 from simclr.runlog import write_json
 from simclr.views import describe, say_view_stages
 
@@ -749,7 +750,7 @@ def _say_how(result: ProbeResult) -> list[Block]:
         Table(rows[0], tuple(rows[1:]), numeric=False),
         Paragraph(f"Time of the evaluation: {took}."),
         Paragraph(
-            f"Beside this report: `{CLASSIFIER}` (encoder and classifier; `simclr.evaluation.load_classifier` loads "
+            f"Beside this report: `{CLASSIFIER}` (encoder and classifier; `simclr.checkpoint.load_classifier` loads "
             f"it), `{RESULT}` (all numbers), and the figures."
         ),
     ]

@@ -147,7 +147,7 @@ def test_all_three_representations_are_measured(outcome: Path) -> None:
 
 def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(place: Path, outcome: Path) -> None:
     result = numbers(outcome)
-    classifier = evaluation.load_classifier(outcome.parent)
+    classifier = checkpoint.load_classifier(outcome.parent)
     assert classifier.classes == CLASSES
     for split, n in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         images, labels = beton.read(place / "data" / f"{split}.beton")
@@ -163,7 +163,7 @@ def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(pla
 
 def test_the_encoder_in_the_file_is_the_pretrained_one(place: Path, outcome: Path) -> None:
     pretrained = checkpoint.load_pretrained(place / "run")
-    saved = evaluation.load_classifier(outcome.parent)
+    saved = checkpoint.load_classifier(outcome.parent)
     before = evaluation.fingerprint(pretrained.model.encoder)
     assert evaluation.fingerprint(saved.encoder) == before
     assert numbers(outcome)["encoder_sha256"] == evaluation.combined_sha256(before)
@@ -182,7 +182,7 @@ def test_an_encoder_that_moves_during_the_probe_stops_it(
     monkeypatch.setattr(linear_probe, "choose_and_fit", meddling)
     with pytest.raises(RuntimeError, match="not frozen"):
         linear_probe.main(settings(place, tmp_path, baselines=False))
-    assert not (tmp_path / evaluation.CLASSIFIER).exists()
+    assert not (tmp_path / checkpoint.CLASSIFIER).exists()
 
 
 def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_test_set_chooses_nothing(place: Path, tmp_path: Path, changes: dict
     assert true["test_accuracy"] != false["test_accuracy"]
     assert true["trials"] == false["trials"]
     assert true["rows"][0]["classifier"]["chosen"] == false["rows"][0]["classifier"]["chosen"]
-    weights = [evaluation.fingerprint(evaluation.load_classifier(report.parent)) for report in reports]
+    weights = [evaluation.fingerprint(checkpoint.load_classifier(report.parent)) for report in reports]
     assert weights[0] == weights[1]
 
 
@@ -246,7 +246,7 @@ def test_fine_tuning_saves_the_whole_tuned_model(place: Path, tmp_path: Path) ->
     assert [row["classifier"] is None for row in result["rows"]] == [True, False, False]
     assert result["encoder_sha256"] is None
     pretrained = checkpoint.load_pretrained(place / "run")
-    tuned = evaluation.load_classifier(report.parent)
+    tuned = checkpoint.load_classifier(report.parent)
     assert evaluation.fingerprint(tuned.encoder) != evaluation.fingerprint(pretrained.model.encoder)
     images, labels = beton.read(place / "data" / "test.beton")
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_a_missing_or_wrong_run_is_refused(place: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_is_no_pretrained_encoder(place: Path, tmp_path: Path, outcome: Path) -> None:
     config = settings(place, tmp_path / "out")
-    refused(dataclasses.replace(config, run=outcome.parent / evaluation.CLASSIFIER), "is no pretrained model")
+    refused(dataclasses.replace(config, run=outcome.parent / checkpoint.CLASSIFIER), "is no pretrained model")
 
 
 def test_missing_images_are_named_with_the_option(place: Path, tmp_path: Path) -> None:
