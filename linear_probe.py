@@ -124,7 +124,7 @@ def main(config: ProbeConfig) -> Path:
     )
     path = report.write_report(output, result, pairs, metrics)
     print(f"\n{report.summary(result)}\n")
-    if remark := report.at_edge(config, result.chosen):
+    if remark := report.at_edge(config, result.scores.chosen):
         print(f"{remark}\n")
     print(f"classifier: {output / checkpoint.CLASSIFIER}\nreport:     {path}")
     return path
