@@ -88,8 +88,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         LostPeerError: If another rank has died, stands still, or refuses to start.
     """
     checkpoint.require_safe_loading()
-    for line in launch.require_known_requests():
-        print(line, file=sys.stderr, flush=True)
+    launch.require_known_requests()
     join(signals)
     with Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers, peers.explained():
         launch.require_one_run(peers.gather(statement(config)))

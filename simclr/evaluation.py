@@ -359,6 +359,15 @@ class Curve:
     loss: NDArray[np.float64]
     accuracy: NDArray[np.float64]
 
+    def of_candidate(self, which: int) -> Curve:
+        """Return the curve of one of the classifiers, g = 1."""
+        return Curve(self.loss[:, [which]], self.accuracy[:, [which]])
+
+    @staticmethod
+    def joined(curves: Sequence[Curve]) -> Curve:
+        """Return the curves of all classifiers, in order."""
+        return Curve(*(np.hstack([getattr(curve, name) for curve in curves]) for name in ("loss", "accuracy")))
+
 
 @dataclass(frozen=True, eq=False)
 class LinearFit:
@@ -573,6 +582,13 @@ def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
 def head_predict(head: nn.Linear, features: Features) -> Tensor:
     """Return the predicted labels, int64 (m,)."""
     return torch.cat([head(block).argmax(dim=1) for block in torch.split(features.representation, 8192)])
+
+
+def confusion_matrix(label: Tensor, predicted: Tensor, *, num_classes: int) -> NDArray[np.int64]:
+    """Return how many images of each true class (row) were taken for each class (column), (c, c)."""
+    c = num_classes
+    counts: NDArray[np.int64] = torch.bincount(label * c + predicted, minlength=c * c).view(c, c).cpu().numpy()
+    return counts
 
 
 def fine_tune(

@@ -411,12 +411,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out.
+    """Return the lines of a run's metrics.jsonl; none without such a file.
+
+    An unfinished last line, of a killed run, is left out.
 
     Raises:
         ValueError: If another line is no JSON object.
     """
     path = folder / METRICS
+    if not path.exists():
+        return []
     # Bytes that are no text stay what they are, for the line's number to be named.
     *texts, _unfinished = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     lines = []

@@ -362,7 +362,11 @@ def test_a_damaged_manifest_is_named_and_what_to_do(images: Path, tmp_path: Path
     manifest = train(config) / "manifest.json"
     for damage in ("", "[]", '{"sessions": 1}', "\udcff"):
         manifest.write_bytes(damage.encode(errors="surrogateescape"))
-        for attempt in (lambda: train(config), lambda: linear_probe.pretraining_records(config.folder)):
+        attempts: tuple[Callable[[], object], ...] = (
+            lambda: train(config),
+            lambda: linear_probe.main(ProbeConfig(run=config.folder)),
+        )
+        for attempt in attempts:
             with pytest.raises(ValueError, match=rf"{manifest} is damaged: .*move it away to go on without"):
                 attempt()
     manifest.unlink()

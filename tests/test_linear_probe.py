@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import linear_probe
-from simclr import beton, checkpoint, evaluation
+from simclr import beton, checkpoint, evaluation, probe
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.data import open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
@@ -175,9 +176,9 @@ def test_an_encoder_that_moves_during_the_probe_stops_it(
 ) -> None:
     honest = linear_probe.choose_and_fit
 
-    def meddling(task: linear_probe.Task, *arguments: Any) -> linear_probe.Fitted:
-        next(task.pretrained.model.encoder.buffers()).add_(1e-3)
-        return honest(task, *arguments)
+    def meddling(opened: probe.Probe, *arguments: Any) -> linear_probe.Fitted:
+        next(opened.pretrained.model.encoder.buffers()).add_(1e-3)
+        return honest(opened, *arguments)
 
     monkeypatch.setattr(linear_probe, "choose_and_fit", meddling)
     with pytest.raises(RuntimeError, match="not frozen"):
@@ -185,11 +186,20 @@ def test_an_encoder_that_moves_during_the_probe_stops_it(
     assert not (tmp_path / checkpoint.CLASSIFIER).exists()
 
 
-def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path) -> None:
-    pretrained = checkpoint.load_pretrained(place / "run")
+def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[nn.Module] = []
+    honest = linear_probe.measure_encoder
+
+    def remembering(opened: probe.Probe, name: str, encoder: nn.Module) -> linear_probe.Measured:
+        measured.append(encoder)
+        return honest(opened, name, encoder)
+
+    monkeypatch.setattr(linear_probe, "measure_encoder", remembering)
+    with probe.open_probe(settings(place, place / "baselines", epochs=1)) as opened:
+        names = [row.name for row in linear_probe.measure_baselines(opened)]
+    assert names == ["raw pixels", "untrained encoder"]
     torch.manual_seed(5)  # the run's seed
-    expected = SimCLR(MODEL, SIDE).encoder
-    assert evaluation.fingerprint(linear_probe.untrained_encoder(pretrained)) == evaluation.fingerprint(expected)
+    assert evaluation.fingerprint(measured[0]) == evaluation.fingerprint(SimCLR(MODEL, SIDE).encoder)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +361,7 @@ def test_a_subset_of_the_pretraining_images_is_not_called_other_images(place: Pa
             open_images(tmp_path / name, backend="memory") as train,
             open_images(place / "data" / "test.beton", backend="memory") as test,
         ):
-            return "\n".join(linear_probe.check_data(config, pretrained, train, test))
+            return "\n".join(probe.require_comparable(config, pretrained, train, test))
 
     subset = notes("subset.beton", images[40:100][::-1].copy())
     assert "all 60 are among pretraining's 120" in subset
@@ -379,8 +389,8 @@ def test_what_is_not_given_follows_the_run_and_the_images(
 ) -> None:
     def sizes_of(**changes: Any) -> list[int]:
         config = settings(place, tmp_path / "out", num_validation=None, knn_neighbours=None, baselines=False, **changes)
-        probe = numbers(linear_probe.main(dataclasses.replace(config, epochs=1)))["config"]
-        return [probe[name] for name in ("num_validation", "knn_neighbours", "batch_size")]
+        used = numbers(linear_probe.main(dataclasses.replace(config, epochs=1)))["config"]
+        return [used[name] for name in ("num_validation", "knn_neighbours", "batch_size")]
 
     assert sizes_of(batch_size=32) == [NUM_VALIDATION, 20, 32]  # the run's
     assert "kNN:        20 neighbours" in capsys.readouterr().out
@@ -422,7 +432,7 @@ def test_several_processes_are_told_to_be_one(monkeypatch: pytest.MonkeyPatch) -
 def test_pixels_too_large_to_hold_are_left_out_aloud(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(linear_probe, "LARGEST_PIXEL_FEATURES", 1000)
+    monkeypatch.setattr(probe, "LARGEST_PIXEL_FEATURES", 1000)
     result = numbers(linear_probe.main(settings(place, tmp_path)))
     assert [row["name"] for row in result["rows"]] == ["untrained encoder", "pretrained encoder"]
     assert "raw pixels are left out" in capsys.readouterr().out

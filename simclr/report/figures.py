@@ -9,13 +9,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from torch import Tensor
 
-from simclr.evaluation import Curve
+from simclr.config import TrainConfig
+from simclr.data import EpochPlan, ImageSource
+from simclr.evaluation import Curve, Normalisation
 from simclr.report.results import ProbeResult, ViewPairs
+from simclr.views import two_views
 
 # Okabe and Ito's palette, distinguishable with any colour vision.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
@@ -36,7 +41,26 @@ _STYLE: Any = {
     "lines.linewidth": 2.0,
     "savefig.dpi": 150,
 }
+_NUM_PICTURED = 8
 _MOST_NAMED_CLASSES = 20  # beyond this a cell of the confusion matrix is too small for its number
+
+
+def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisation) -> ViewPairs:
+    """Return images spread over a file, with the views that the first epoch of a pretraining makes of them."""
+    facts, (mean, std) = source.facts, normalisation
+    which = np.unique(np.linspace(0, facts.num_images - 1, _NUM_PICTURED).astype(np.int64))
+    (batch,) = source.batches(EpochPlan(which, len(which), shuffle=False))
+    views = two_views(
+        batch.image, batch.index, run.view_1, run.view_2, seed=run.seed, epoch=0, size=facts.height, mean=mean, std=std
+    )
+
+    def pixels(view: Tensor) -> NDArray[np.uint8]:
+        scaled = view.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+        array: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return array
+
+    names = tuple(facts.classes[label] for label in batch.label.tolist())
+    return ViewPairs(batch.image.cpu().numpy(), pixels(views[0]), pixels(views[1]), names)
 
 
 def draw_all(folder: Path, result: ProbeResult, pairs: ViewPairs, metrics: Sequence[Mapping[str, Any]]) -> list[str]:

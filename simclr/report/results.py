@@ -30,6 +30,13 @@ class Scores:
     test_loss: float
     chosen: Candidate
 
+    @staticmethod
+    def after_last_epoch(curves: Mapping[str, Curve], chosen: Candidate) -> Scores:
+        """Return the ends of the curves of train, validation and test, g = 1."""
+        accuracy = {name: float(curve.accuracy[-1, 0]) for name, curve in curves.items()}
+        loss = {f"{name}_loss": float(curve.loss[-1, 0]) for name, curve in curves.items()}
+        return Scores(**accuracy, **loss, chosen=chosen)
+
 
 @dataclass(frozen=True)
 class Row:
