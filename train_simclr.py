@@ -56,7 +56,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.recompute import recompute_blocks, require_independent_images
 from simclr.runlog import RunLog, Status
-from simclr.tiled import unit_rows
+from simclr.unit_length import unit_rows
 from simclr.views import describe, say_view_stages
 
 MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128

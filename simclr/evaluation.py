@@ -23,7 +23,7 @@ from simclr import distributed
 from simclr.config import ProbeConfig
 from simclr.data import EpochPlan
 from simclr.optim import learning_rate_at
-from simclr.tiled import unit_rows
+from simclr.unit_length import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
