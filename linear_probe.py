@@ -92,17 +92,6 @@ def main(config: ProbeConfig) -> Path:
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
-    """A classifier, fitted with chosen hyperparameters, and how it came about."""
-
-    encoder: nn.Module
-    head: nn.Linear
-    scores: Scores
-    trials: tuple[Trial, ...]
-    curves: dict[str, Curve]
-
-
-@dataclass(frozen=True, eq=False)
 class Measured:
     """All that is found out about an encoder."""
 
@@ -147,35 +136,6 @@ def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
     return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None)
 
 
-def measure_baselines(probe: Probe) -> Iterator[Row]:
-    """Measure, by the same code, the pixels themselves and the encoder as it was before its first step."""
-    if probe.has_room_for_pixels:
-        yield measure_pixels(probe)
-    pretrained = probe.pretrained
-    torch.manual_seed(pretrained.config.seed)
-    untrained = SimCLR(pretrained.config.model, pretrained.facts.height).encoder.to(probe.device).eval()
-    yield measure_encoder(probe, "untrained encoder", untrained).row
-
-
-def measure_pixels(probe: Probe) -> Row:
-    """Measure the images themselves, less the mean training image."""
-    started, normalisation = time.perf_counter(), probe.pretrained.facts.normalisation
-    train = evaluation.raw_pixel_features(probe.train, every_image(probe.train), normalisation=normalisation)
-    centre = evaluation.mean_image(train)
-    train.representation.sub_(centre)
-    test = evaluation.raw_pixel_features(
-        probe.test, every_image(probe.test), normalisation=normalisation, centre=centre
-    )
-    knn = measure_knn(probe, train, test)
-    scores = None
-    if probe.config.mode == "linear":  # there is nothing to fine-tune in pixels
-        classifiers = linear_classifiers(probe, nn.Identity(), train, test, stored_images(probe, train))
-        scores = choose_and_fit(probe, classifiers).scores
-    row = Row("raw pixels", train.representation.shape[1], *knn, scores, time.perf_counter() - started)
-    say_row(row)
-    return row
-
-
 def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, float]:
     """Return kNN accuracy on the validation images (bank: the others) and on the test images (bank: all)."""
     config, num_classes = probe.config, probe.train.facts.num_classes
@@ -184,6 +144,17 @@ def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, f
         evaluation.knn_accuracy, k=config.knn_neighbours, temperature=config.knn_temperature, num_classes=num_classes
     )
     return measure(train.rows(probe.fit), train.rows(probe.validation)), measure(train, test)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A classifier, fitted with chosen hyperparameters, and how it came about."""
+
+    encoder: nn.Module
+    head: nn.Linear
+    scores: Scores
+    trials: tuple[Trial, ...]
+    curves: dict[str, Curve]
 
 
 Fit = Callable[[NDArray[np.int64], Sequence[Candidate], Sequence[str]], tuple[nn.Module, nn.Linear, dict[str, Curve]]]
@@ -288,6 +259,39 @@ def fine_tuned_classifiers(probe: Probe, encoder: nn.Module, width: int) -> Fit:
         return classifier.encoder, classifier.head, joined
 
     return fit
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Baselines, by the same code
+
+
+def measure_baselines(probe: Probe) -> Iterator[Row]:
+    """Measure the pixels themselves and the encoder as it was before its first step."""
+    if probe.has_room_for_pixels:
+        yield measure_pixels(probe)
+    pretrained = probe.pretrained
+    torch.manual_seed(pretrained.config.seed)
+    untrained = SimCLR(pretrained.config.model, pretrained.facts.height).encoder.to(probe.device).eval()
+    yield measure_encoder(probe, "untrained encoder", untrained).row
+
+
+def measure_pixels(probe: Probe) -> Row:
+    """Measure the images themselves, less the mean training image."""
+    started, normalisation = time.perf_counter(), probe.pretrained.facts.normalisation
+    train = evaluation.raw_pixel_features(probe.train, every_image(probe.train), normalisation=normalisation)
+    centre = evaluation.mean_image(train)
+    train.representation.sub_(centre)
+    test = evaluation.raw_pixel_features(
+        probe.test, every_image(probe.test), normalisation=normalisation, centre=centre
+    )
+    knn = measure_knn(probe, train, test)
+    scores = None
+    if probe.config.mode == "linear":  # there is nothing to fine-tune in pixels
+        classifiers = linear_classifiers(probe, nn.Identity(), train, test, stored_images(probe, train))
+        scores = choose_and_fit(probe, classifiers).scores
+    row = Row("raw pixels", train.representation.shape[1], *knn, scores, time.perf_counter() - started)
+    say_row(row)
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------
