@@ -279,7 +279,7 @@ def measure_pixels(probe: Probe) -> Row:
     """Measure the images themselves, less the mean training image."""
     started, normalisation = time.perf_counter(), probe.pretrained.facts.normalisation
     train = evaluation.raw_pixel_features(probe.train, every_image(probe.train), normalisation=normalisation)
-    centre = evaluation.mean_image(train)
+    centre = train.representation.double().mean(dim=0).float()
     train.representation.sub_(centre)
     test = evaluation.raw_pixel_features(
         probe.test, every_image(probe.test), normalisation=normalisation, centre=centre

@@ -57,10 +57,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.label)
 
-    def to(self, device: torch.device | str) -> Features:
-        """Return the features on another device."""
-        return Features(self.representation.to(device), self.label.to(device), self.index.to(device))
-
     def rows(self, which: NDArray[np.int64]) -> Features:
         """Return the features at the given rows, in that order."""
         at = torch.from_numpy(which).to(self.label.device)
@@ -79,7 +75,7 @@ class Features:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode; afterwards give each of its parts the mode that it had, mixed modes included."""
+    """Put a module in eval mode for a ``with`` block; afterwards each of its parts has the mode that it had before."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -138,7 +134,7 @@ def extract_features(
     own = indices[rank * n // world_size : (rank + 1) * n // world_size]
     representations, labels, seen = [], [], []
     with evaluating(encoder), torch.inference_mode():
-        for batch in _in_order(source, own, batch_size):
+        for batch in _batches_in_order(source, own, batch_size):
             image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std)
             with _autocast(device, dtype):
                 representations.append(encoder(image.double() if dtype == torch.float64 else image).float())
@@ -169,7 +165,7 @@ def raw_pixel_features(
         source: Images.
         indices: Which images, int64 (n,).
         normalisation: As :func:`extract_features`.
-        centre: Mean training image to subtract, float32 (D,), as :func:`mean_image` returns it; None for none.
+        centre: What to subtract from each image, float32 (D,), such as the mean training image; None for nothing.
 
     Returns:
         Features on the CPU: float32 (n, 3 * H * W), channels first, less the channel mean, over the channel
@@ -177,7 +173,7 @@ def raw_pixel_features(
     """
     mean, std = source.facts.normalisation if normalisation is None else normalisation
     pixels, labels, seen = [], [], []
-    for batch in _in_order(source, indices, 512):
+    for batch in _batches_in_order(source, indices, 512):
         rows = plain_view(batch.image, mean=mean, std=std).contiguous().flatten(1)
         pixels.append(rows if centre is None else rows - centre)
         labels.append(batch.label)
@@ -185,12 +181,7 @@ def raw_pixel_features(
     return Features(torch.cat(pixels), torch.cat(labels), torch.cat(seen))
 
 
-def mean_image(features: Features) -> Tensor:
-    """Return the mean of raw pixel features, float32 (D,), summed in float64."""
-    return features.representation.double().mean(dim=0).float()
-
-
-def _in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+def _batches_in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
     plan = EpochPlan(indices=indices, global_batch_size=batch_size, shuffle=False, drop_last=False)
     return source.batches(plan)
 
@@ -266,12 +257,7 @@ def knn_accuracy(
     predicted = knn_predict(
         bank, queries, k=k, temperature=temperature, num_classes=num_classes, before_block=before_block
     )
-    return percent_equal(predicted, queries.label)
-
-
-def percent_equal(predicted: Tensor, label: Tensor) -> float:
-    """Return how many entries are equal, in percent."""
-    return 100 * int((predicted == label).sum()) / len(label)
+    return 100 * int((predicted == queries.label).sum()) / len(queries)
 
 
 def _require_labels(features: Features, num_classes: int, what: str) -> None:
@@ -413,7 +399,7 @@ def augmented_batches(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Batches:
-    """Return batches of features of augmented images, computed anew each epoch. Never trains the encoder."""
+    """Return batches of features of augmented images, computed anew each epoch by an encoder that is not trained."""
     plan = EpochPlan(indices, global_batch_size=batch_size, seed=seed, drop_last=False)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -165,7 +165,7 @@ def test_every_rank_gets_the_features_of_one_process(file: Path, world_size: int
 def test_raw_pixels_are_normalised_then_centred_by_the_mean_training_image(source: ImageSource) -> None:
     images, labels = beton.read(source.path)
     train, rest = np.arange(40), np.arange(40, NUM_IMAGES)
-    centre = evaluation.mean_image(evaluation.raw_pixel_features(source, train, normalisation=NORMALISATION))
+    centre = evaluation.raw_pixel_features(source, train, normalisation=NORMALISATION).representation.mean(dim=0)
     features = evaluation.raw_pixel_features(source, rest, normalisation=NORMALISATION, centre=centre)
     mean, std = np.array(NORMALISATION)
     pixels = ((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(NUM_IMAGES, -1)
