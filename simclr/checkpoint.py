@@ -16,12 +16,13 @@ No random-number state is saved because none is used: order and views are functi
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,23 +82,21 @@ def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
         TypeError: If the payload holds anything else, which :func:`load_safely` would refuse.
     """
     _require_plain(payload, "payload")
-
-    def write(file: io.BufferedRandom) -> None:
+    with whole_file(path) as file:
         torch.save(payload, file)
         _seal(file)
 
-    write_atomically(path, write)
 
-
-def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object]) -> None:
-    """Let ``write`` fill a file so that ``path`` is at every moment either the old file or the whole new one.
+@contextlib.contextmanager
+def whole_file(path: PathLike) -> Iterator[io.BufferedRandom]:
+    """Open a new file as :func:`simclr.files.atomic_write` does.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
     """
     try:
         with atomic_write(path) as file:
-            write(file)
+            yield file
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError about file positions
         raise CheckpointError(

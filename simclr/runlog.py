@@ -338,7 +338,7 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            if not _take(file):
+            if not _lock_alone(file):
                 raise OSError("Windows has no flock")
         except BlockingIOError:
             file.seek(0)
@@ -357,8 +357,8 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
             file.truncate(0)
 
 
-def _take(file: IO[str]) -> bool:
-    """As :func:`simclr.files.lock`, in spite of somebody who only looks whether the file is locked."""
+def _lock_alone(file: IO[str]) -> bool:
+    """Do as :func:`simclr.files.lock` does, and try again while :func:`read_status` of another process looks."""
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
             return files.lock(file)
@@ -367,7 +367,7 @@ def _take(file: IO[str]) -> bool:
 
 
 def _is_free(lock: Path) -> bool:
-    """Whether no process holds a lock; False where that cannot be known."""
+    """Return whether no process holds a lock; False where that cannot be known."""
     try:
         with lock.open(encoding="utf-8") as file:
             return files.lock(file, shared=True)

@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "simclr"
 METHOD = frozenset(
     {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "presets"}
-    | {"unit_length", "views"}
+    | {"schema", "unit_length", "views"}
 )
 MACHINERY = frozenset(
-    {"checkpoint", "doctor", "export", "finite", "host", "interruption", "launch", "memory", "peers", "probe"}
-    | {"report", "runlog"}
+    {"checkpoint", "command_line", "doctor", "export", "files", "finite", "host", "interruption", "launch"}
+    | {"memory", "peers", "probe", "report", "runlog"}
 )
 
 
