@@ -56,7 +56,7 @@ from simclr.optim import (
 from simclr.peers import START_SECONDS, LostPeerError, Peers
 from simclr.recompute import recompute_blocks, require_independent_images
 from simclr.runlog import RunLog, Status
-from simclr.tiled import unit_rows
+from simclr.unit_length import unit_rows
 from simclr.views import describe, say_view_stages
 
 MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128
@@ -88,8 +88,7 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         LostPeerError: If another rank has died, stands still, or refuses to start.
     """
     checkpoint.require_safe_loading()
-    for line in launch.require_known_requests():
-        print(line, file=sys.stderr, flush=True)
+    launch.require_known_requests()
     join(signals)
     with Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers, peers.explained():
         launch.require_one_run(peers.gather(statement(config)))
@@ -570,12 +569,13 @@ def measure_knn(run: Run) -> float:
     It is done in parts, and before each the ranks tell each other that they go on.
     """
     assert run.config.num_validation is not None
+    still_measuring = functools.partial(run.peers.working, "measuring kNN accuracy")
     bank_rows, query_rows = validation_split(run.derived.num_images, run.config.num_validation)
     at_once = MEASURED_AT_ONCE * run.derived.world_size
 
     def parts(rows: NDArray[np.int64]) -> Iterator[Features]:
         for start in range(0, len(rows), at_once):
-            run.peers.working("measuring kNN accuracy")
+            still_measuring()
             yield evaluation.extract_features(
                 run.plain_model.encoder,
                 run.source,
@@ -586,14 +586,14 @@ def measure_knn(run: Run) -> float:
                 rank=run.accelerator.process_index,
             )
 
-    bank = Features.joined(list(parts(bank_rows)))
-    k, num_classes = min(20, len(bank_rows)), run.source.facts.num_classes
-    right = 0
-    for queries in parts(query_rows):
-        run.peers.working("measuring kNN accuracy")
-        predicted = evaluation.knn_predict(bank, queries, k=k, num_classes=num_classes)
-        right += int((predicted == queries.label).sum())
-    return 100 * right / len(query_rows)
+    bank, queries = (Features.joined(list(parts(rows))) for rows in (bank_rows, query_rows))
+    return evaluation.knn_accuracy(
+        bank,
+        queries,
+        k=min(20, len(bank_rows)),
+        num_classes=run.source.facts.num_classes,
+        before_block=still_measuring,
+    )
 
 
 def require_finite_weights(run: Run) -> None:

@@ -321,11 +321,12 @@ def _class_counts(path: PathLike, labels: NDArray[np.int64], num_classes: int) -
     return tuple(np.bincount(labels[labels >= 0], minlength=num_classes).tolist())
 
 
-def verify(path: PathLike) -> Facts:
+def verify(path: PathLike, facts: Facts | None = None) -> Facts:
     """Check a .beton file, its sidecar, and every byte of it against the sidecar's checksum.
 
     Args:
         path: The .beton file.
+        facts: What the sidecar says, if it was read before.
 
     Returns:
         Its facts.
@@ -333,7 +334,7 @@ def verify(path: PathLike) -> Facts:
     Raises:
         BetonError: If anything differs, or either file is missing or damaged.
     """
-    facts = load_facts(path)
+    facts = facts or load_facts(path)
     check(path, facts)
     digest = file_sha256(path)
     if digest != facts.file_sha256:

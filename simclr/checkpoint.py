@@ -5,9 +5,10 @@ Files in a run's folder, all of one format:
     checkpoint_last.pt            everything needed to continue (also optimizer and gradient scaler)
     checkpoint_step<number>.pt    the ones before it, to fall back to
     simclr_best_epoch.pt          the model of the epoch with the best validation kNN accuracy
+    simclr_lin_best.pt            encoder and linear classifier, which linear_probe.py writes
 
-Each is a zip archive as torch.save writes it, and ends with the SHA-256 of all bytes before: whatever was deleted, cut
-off, zeroed or flipped since is noticed before anything is used. torch.load and zip tools take that for a comment.
+Each is a zip archive as torch.save writes it, and ends with the SHA-256 of all bytes before, which torch.load and zip
+tools take for a comment. So every byte that was lost or changed since is noticed before anything is used.
 
 No random-number state is saved because none is used: order and views are functions of the seed and the step.
 """
@@ -15,12 +16,13 @@ No random-number state is saved because none is used: order and views are functi
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,13 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from simclr.beton import Facts
-from simclr.config import TrainConfig, from_json
+from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
+from simclr.evaluation import Classifier, fingerprint
 from simclr.files import PathLike, atomic_write
-from simclr.models import SimCLR
+from simclr.models import SimCLR, make_encoder
 
 SCHEMA = 2
 LAST = "checkpoint_last.pt"
 BEST = "simclr_best_epoch.pt"
+CLASSIFIER = "simclr_lin_best.pt"
 _MODEL_KEYS = {"schema", "kind", "model", "config", "facts", "step", "epoch", "knn_accuracy", "best_knn_accuracy"}
 _RESUME_KEYS = _MODEL_KEYS | {"optimizer", "scaler", "world_size"}
 _EARLIER = re.compile(r"checkpoint_step(\d+)\.pt")
@@ -50,13 +54,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model and what is known about it."""
+    """A pretrained model, with what it was made from."""
 
     model: SimCLR
     """In eval mode."""
     config: TrainConfig
     facts: Facts
-    """Of the images it was pretrained on."""
+    """What is known of the images it was pretrained on."""
     step: int
     """Optimizer steps taken."""
     epoch: int
@@ -78,23 +82,21 @@ def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
         TypeError: If the payload holds anything else, which :func:`load_safely` would refuse.
     """
     _require_plain(payload, "payload")
-
-    def write(file: io.BufferedRandom) -> None:
+    with whole_file(path) as file:
         torch.save(payload, file)
         _seal(file)
 
-    write_atomically(path, write)
 
-
-def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object]) -> None:
-    """Let ``write`` fill a file so that ``path`` is at every moment either the old file or the whole new one.
+@contextlib.contextmanager
+def whole_file(path: PathLike) -> Iterator[io.BufferedRandom]:
+    """Open a new file as :func:`simclr.files.atomic_write` does.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
     """
     try:
         with atomic_write(path) as file:
-            write(file)
+            yield file
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError about file positions
         raise CheckpointError(
@@ -103,9 +105,9 @@ def write_atomically(path: PathLike, write: Callable[[io.BufferedRandom], object
 
 
 def require_safe_loading() -> None:
-    """Refuse to start where the environment makes torch execute what a checkpoint says.
+    """Refuse to start where the environment makes torch execute code from checkpoints.
 
-    :func:`load_safely` asks for weights only, and torch 2.14 heeds it; other libraries' calls take what is set here.
+    :func:`load_safely` asks for weights only, which torch 2.14 puts above the environment; other libraries may not ask.
 
     Raises:
         CheckpointError: If TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set to true, whatever its spelling.
@@ -122,7 +124,7 @@ def load_safely(path: PathLike) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it is missing, damaged, holds anything but plain data, or has another schema.
-        OSError: If it may not be read, which is no damage.
+        OSError: If the operating system refuses to read it, which does not mean that it is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -132,10 +134,10 @@ def load_safely(path: PathLike) -> dict[str, Any]:
             _check_seal(file)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        if error.errno != errno.EIO:  # no rights, say: it may be intact, and falling back would lose steps
+        if error.errno != errno.EIO:  # no rights, for example: it may be intact, and an older one would lose steps
             raise
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # torch raises half a dozen kinds for foreign files
+    except Exception as error:  # torch raises half a dozen types of error for foreign files
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project: {error}") from error
     if not isinstance(payload, dict) or payload.get("schema") != SCHEMA:
         found = payload.get("schema") if isinstance(payload, dict) else type(payload).__name__
@@ -170,7 +172,7 @@ def model_payload(
 def resumable_payload(
     *, optimizer: torch.optim.Optimizer, scaler: Any, world_size: int, **model: Any
 ) -> dict[str, Any]:
-    """Return the contents of ``checkpoint_last.pt``. ``model``: what :func:`model_payload` takes."""
+    """Return the contents of ``checkpoint_last.pt``; ``model`` stands for the arguments of :func:`model_payload`."""
     return model_payload(**model) | {
         "kind": "resumable",
         "optimizer": optimizer.state_dict(),
@@ -182,15 +184,14 @@ def resumable_payload(
 class CheckpointWriter:
     """Writes a run's checkpoints in a background thread, one save at a time, while training goes on.
 
-    Training waits only while its tensors are copied to host memory, and, should the disk be slower than training,
-    for the save before.
+    Training waits while its tensors are copied to host memory, and for the previous save where that is not done yet.
 
     Args:
         folder: The run's folder.
-        keep: How many resumable checkpoints stay, the last one among them.
-        last_step: Of the intact ``checkpoint_last.pt`` that the run continued from; None if there was none.
-        before: Called in the thread before a save, for what must be on the disk by then.
-        after: Called in the thread with the step, when its checkpoint is on the disk.
+        keep: Number of resumable checkpoints to keep, including the last one.
+        last_step: Step of the intact ``checkpoint_last.pt`` that the run continued from; None if there was none.
+        before: Called in the thread before a save, to write what must be on the disk by then.
+        after: Called in the thread with the step of a checkpoint once that is on the disk.
     """
 
     def __init__(
@@ -209,21 +210,21 @@ class CheckpointWriter:
         self._pending: concurrent.futures.Future[None] | None = None
 
     def save(self, payload: dict[str, Any], *, is_best: bool) -> None:
-        """Write ``payload``, of :func:`resumable_payload`, in the background; it may be changed at once afterwards.
+        """Write what :func:`resumable_payload` returned, in the background. The caller may change it at once.
 
         Raises:
-            CheckpointError: If the save before has failed.
+            CheckpointError: If the previous save has failed.
         """
         self.flush()
         self._pending = self._thread.submit(self._write, self._host_copies.take(payload), is_best)
 
     def raise_if_failed(self) -> None:
-        """Raise what went wrong in the background, without waiting."""
+        """Raise the error of a save that has failed in the background, without waiting for one that goes on."""
         if self._pending is not None and self._pending.done():
             self.flush()
 
     def is_idle(self) -> bool:
-        """Whether nothing is on its way to the disk, after waiting for that for a moment."""
+        """Wait for a tenth of a second at most; return whether nothing is on its way to the disk."""
         return self._pending is None or bool(concurrent.futures.wait([self._pending], 0.1).done)
 
     def flush(self) -> None:
@@ -233,9 +234,9 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, payload: dict[str, Any], is_best: bool) -> None:
-        """Each line may be the last: a run that is killed here finds one of the states between whole files."""
+        """Write in an order that leaves an intact checkpoint to continue from, at whatever line the run is killed."""
         self._before()
-        if is_best:  # first: a run killed in between measures it again
+        if is_best:  # first: killed in between, the run continues from before this measurement and repeats it
             model = {key: value for key, value in payload.items() if key in _MODEL_KEYS}
             save_atomically(self._folder / BEST, model | {"kind": "model"})
         if self._keep > 1 and self._last_step is not None:
@@ -262,7 +263,7 @@ class CheckpointWriter:
 
 
 class HostCopies:
-    """Copies of tensors in host memory, into the same buffers each time; page-locked ones for those of a GPU."""
+    """Copies tensors to host memory, into the same buffers each time; page-locked buffers for tensors on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -296,17 +297,17 @@ class Resumable:
     payload: dict[str, Any]
     path: Path
     passed_over: tuple[str, ...]
-    """Newer ones that are missing or damaged, each with the reason."""
+    """Why each newer checkpoint was passed over: it is missing or damaged."""
 
 
 def load_newest(folder: PathLike) -> Resumable | None:
-    """Return the newest intact checkpoint of a run's folder, or None if it holds none at all.
+    """Return the newest intact checkpoint of a run's folder, or None if it holds no checkpoint at all.
 
     Raises:
-        CheckpointError: If there are some and none is intact, since starting anew would give up what they hold.
+        CheckpointError: If none of its checkpoints is intact. Starting anew would overwrite what they hold.
     """
     folder = Path(folder)
-    candidates = [folder / LAST, *(path for _, path in _earlier(folder))]
+    candidates = [folder / LAST, *(path for _, path in _earlier_checkpoints(folder))]
     if not any(path.exists() for path in candidates):
         return None
     passed_over: list[str] = []
@@ -322,10 +323,14 @@ def load_newest(folder: PathLike) -> Resumable | None:
 
 
 def load_resumable(path: PathLike) -> dict[str, Any]:
-    """Read ``checkpoint_last.pt``. Raises CheckpointError as :func:`load_safely`, or if it cannot be continued."""
+    """Read ``checkpoint_last.pt``.
+
+    Raises:
+        CheckpointError: As :func:`load_safely`, or if a run cannot continue from it.
+    """
     payload = load_safely(path)
     if set(payload) != _RESUME_KEYS:
-        raise CheckpointError(f"{path} cannot be continued from: {_difference(set(payload), _RESUME_KEYS)}")
+        raise CheckpointError(f"{path} cannot be continued from: {_describe_difference(set(payload), _RESUME_KEYS)}")
     for key in ("step", "epoch"):
         if type(payload[key]) is not int or payload[key] < 0:
             raise CheckpointError(f"{path} cannot be continued from: its {key} is {payload[key]!r}")
@@ -372,7 +377,59 @@ def load_pretrained(path: PathLike, device: torch.device | str = "cpu") -> Pretr
     )
 
 
-def _difference(found: set[str], expected: set[str]) -> str:
+def save_classifier(
+    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
+) -> None:
+    """Write ``simclr_lin_best.pt``, everything that :func:`load_classifier` needs, and prove that it comes back.
+
+    Raises:
+        CheckpointError: As :func:`save_atomically`; or if the file, read again, holds other weights.
+    """
+    payload = {
+        "schema": SCHEMA,
+        "kind": "classifier",
+        "model": classifier.state_dict(),
+        "classes": list(classifier.classes),
+        "config": to_json(pretraining),
+        "facts": to_json(pretraining_facts),
+        "probe": to_json(probe),
+    }
+    save_atomically(path, payload)
+    if fingerprint(load_classifier(path)) != fingerprint(classifier):
+        raise CheckpointError(f"{path} does not hold the classifier that was measured: the disk returned other bytes")
+
+
+def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
+    """Load ``simclr_lin_best.pt``.
+
+    Args:
+        path: The file, or the folder that holds it.
+        device: Where it goes.
+
+    Returns:
+        The classifier in eval mode: uint8 (b, H, W, 3) -> logits (b, c).
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
+    """
+    path = Path(path)
+    payload = load_safely(path / CLASSIFIER if path.is_dir() else path)
+    if payload.get("kind") != "classifier":
+        raise CheckpointError(
+            f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
+        )
+    try:
+        config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
+        encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
+        num_classes, width = payload["model"]["head.weight"].shape
+        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
+        classifier.load_state_dict(payload["model"], strict=True)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this version of the code: {error}") from error
+    return classifier.to(device).eval()
+
+
+def _describe_difference(found: set[str], expected: set[str]) -> str:
     return f"it lacks {sorted(expected - found)} and has besides {sorted(map(str, found - expected))}"
 
 
@@ -402,16 +459,16 @@ def _check_seal(file: io.BufferedReader) -> None:
     file.seek(0)
 
 
-def _earlier(folder: Path) -> list[tuple[int, Path]]:
+def _earlier_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return step and path of the checkpoints before the last one, newest first."""
     matches = ((_EARLIER.fullmatch(path.name), path) for path in folder.glob("checkpoint_step*.pt"))
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 def _prune(folder: Path, number: int, *, before_step: int) -> None:
-    """Keep the newest ``number`` of the earlier checkpoints; those not earlier were damaged, and have been redone."""
-    earlier = [path for step, path in _earlier(folder) if step < before_step]
-    for _, path in _earlier(folder):
+    """Keep the newest ``number`` of the checkpoints before a step. Those of later steps were damaged; remove them."""
+    earlier = [path for step, path in _earlier_checkpoints(folder) if step < before_step]
+    for _, path in _earlier_checkpoints(folder):
         if path not in earlier[:number]:
             path.unlink(missing_ok=True)
 
@@ -429,6 +486,7 @@ def _keep_as_earlier(folder: Path, step: int) -> None:
 
 
 def _require_plain(value: Any, where: str) -> None:
+    """Raise TypeError unless loading the value needs no code; ``where`` names it in the message."""
     if isinstance(value, dict):
         for key, entry in value.items():
             _require_plain(key, f"a key of {where}")

@@ -261,7 +261,8 @@ def _open_checked(
     path: Path, facts: Facts, backend: BackendChoice, num_workers: int | None, device: torch.device
 ) -> ImageSource:
     if facts.file_bytes <= _CHECKSUM_LIMIT_BYTES:
-        facts, checked = beton.verify(path), "checksum verified"
+        beton.verify(path, facts)
+        checked = "checksum verified"
     else:
         beton.check(path, facts)
         checked = f"tables checked, checksum not (more than {_CHECKSUM_LIMIT_BYTES >> 20} MiB)"

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,20 +19,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed
-from simclr.beton import Facts
-from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
+from simclr import distributed
+from simclr.config import ProbeConfig
 from simclr.data import EpochPlan
-from simclr.files import PathLike
-from simclr.models import make_encoder
 from simclr.optim import learning_rate_at
-from simclr.tiled import unit_rows
+from simclr.unit_length import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
     from simclr.data import Batch, ImageSource
-
-CLASSIFIER = "simclr_lin_best.pt"
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -63,10 +57,6 @@ class Features:
     def __len__(self) -> int:
         return len(self.label)
 
-    def to(self, device: torch.device | str) -> Features:
-        """Return the features on another device."""
-        return Features(self.representation.to(device), self.label.to(device), self.index.to(device))
-
     def rows(self, which: NDArray[np.int64]) -> Features:
         """Return the features at the given rows, in that order."""
         at = torch.from_numpy(which).to(self.label.device)
@@ -85,7 +75,7 @@ class Features:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode; afterwards give each of its parts the mode that it had, mixed modes included."""
+    """Put a module in eval mode for a ``with`` block; afterwards each of its parts has the mode that it had before."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -144,7 +134,7 @@ def extract_features(
     own = indices[rank * n // world_size : (rank + 1) * n // world_size]
     representations, labels, seen = [], [], []
     with evaluating(encoder), torch.inference_mode():
-        for batch in _in_order(source, own, batch_size):
+        for batch in _batches_in_order(source, own, batch_size):
             image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std)
             with _autocast(device, dtype):
                 representations.append(encoder(image.double() if dtype == torch.float64 else image).float())
@@ -175,7 +165,7 @@ def raw_pixel_features(
         source: Images.
         indices: Which images, int64 (n,).
         normalisation: As :func:`extract_features`.
-        centre: Mean training image to subtract, float32 (D,), as :func:`mean_image` returns it; None for none.
+        centre: What to subtract from each image, float32 (D,), such as the mean training image; None for nothing.
 
     Returns:
         Features on the CPU: float32 (n, 3 * H * W), channels first, less the channel mean, over the channel
@@ -183,7 +173,7 @@ def raw_pixel_features(
     """
     mean, std = source.facts.normalisation if normalisation is None else normalisation
     pixels, labels, seen = [], [], []
-    for batch in _in_order(source, indices, 512):
+    for batch in _batches_in_order(source, indices, 512):
         rows = plain_view(batch.image, mean=mean, std=std).contiguous().flatten(1)
         pixels.append(rows if centre is None else rows - centre)
         labels.append(batch.label)
@@ -191,12 +181,7 @@ def raw_pixel_features(
     return Features(torch.cat(pixels), torch.cat(labels), torch.cat(seen))
 
 
-def mean_image(features: Features) -> Tensor:
-    """Return the mean of raw pixel features, float32 (D,), summed in float64."""
-    return features.representation.double().mean(dim=0).float()
-
-
-def _in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+def _batches_in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
     plan = EpochPlan(indices=indices, global_batch_size=batch_size, shuffle=False, drop_last=False)
     return source.batches(plan)
 
@@ -206,7 +191,13 @@ def _in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) 
 
 
 def knn_predict(
-    bank: Features, queries: Features, *, k: int = 20, temperature: float = 0.1, num_classes: int
+    bank: Features,
+    queries: Features,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+    num_classes: int,
+    before_block: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Classify by the k nearest neighbours of each query, weighted by similarity.
 
@@ -219,6 +210,8 @@ def knn_predict(
         k: Number of neighbours, at most m.
         temperature: > 0, unitless.
         num_classes: c; labels of the bank lie in [0, c).
+        before_block: Called before each block of queries, so that a long computation can give signs of life. The
+            number of blocks depends on m and q alone.
 
     Returns:
         Predicted labels, int64 (q,).
@@ -242,6 +235,7 @@ def knn_predict(
     bank_rows = unit_rows(bank.representation)
     predictions = []
     for block in torch.split(queries.representation, max(1, _SIMILARITIES_AT_ONCE // len(bank))):
+        before_block()
         similarity, neighbour = (unit_rows(block) @ bank_rows.T).topk(k, dim=1)
         weight = (similarity / temperature).exp()
         votes = weight.new_zeros(len(block), num_classes).scatter_add_(1, bank.label[neighbour], weight)
@@ -250,17 +244,20 @@ def knn_predict(
 
 
 def knn_accuracy(
-    bank: Features, queries: Features, *, k: int = 20, temperature: float = 0.1, num_classes: int
+    bank: Features,
+    queries: Features,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+    num_classes: int,
+    before_block: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the percentage of queries that :func:`knn_predict` classifies rightly. Arguments and errors as there."""
     _require_labels(queries, num_classes, "the queries")
-    predicted = knn_predict(bank, queries, k=k, temperature=temperature, num_classes=num_classes)
-    return percent_equal(predicted, queries.label)
-
-
-def percent_equal(predicted: Tensor, label: Tensor) -> float:
-    """Return how many entries are equal, in percent."""
-    return 100 * int((predicted == label).sum()) / len(label)
+    predicted = knn_predict(
+        bank, queries, k=k, temperature=temperature, num_classes=num_classes, before_block=before_block
+    )
+    return 100 * int((predicted == queries.label).sum()) / len(queries)
 
 
 def _require_labels(features: Features, num_classes: int, what: str) -> None:
@@ -348,6 +345,15 @@ class Curve:
     loss: NDArray[np.float64]
     accuracy: NDArray[np.float64]
 
+    def of_candidate(self, which: int) -> Curve:
+        """Return the curve of one of the classifiers, g = 1."""
+        return Curve(self.loss[:, [which]], self.accuracy[:, [which]])
+
+    @staticmethod
+    def joined(curves: Sequence[Curve]) -> Curve:
+        """Return the curves of all classifiers, in order."""
+        return Curve(*(np.hstack([getattr(curve, name) for curve in curves]) for name in ("loss", "accuracy")))
+
 
 @dataclass(frozen=True, eq=False)
 class LinearFit:
@@ -393,7 +399,7 @@ def augmented_batches(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> Batches:
-    """Return batches of features of augmented images, computed anew each epoch. Never trains the encoder."""
+    """Return batches of features of augmented images, computed anew each epoch by an encoder that is not trained."""
     plan = EpochPlan(indices, global_batch_size=batch_size, seed=seed, drop_last=False)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -564,50 +570,11 @@ def head_predict(head: nn.Linear, features: Features) -> Tensor:
     return torch.cat([head(block).argmax(dim=1) for block in torch.split(features.representation, 8192)])
 
 
-def save_classifier(
-    path: PathLike, classifier: Classifier, *, pretraining: TrainConfig, pretraining_facts: Facts, probe: ProbeConfig
-) -> None:
-    """Write ``simclr_lin_best.pt``: everything that :func:`load_classifier` needs. Errors as save_atomically."""
-    payload = {
-        "schema": checkpoint.SCHEMA,
-        "kind": "classifier",
-        "model": classifier.state_dict(),
-        "classes": list(classifier.classes),
-        "config": to_json(pretraining),
-        "facts": to_json(pretraining_facts),
-        "probe": to_json(probe),
-    }
-    checkpoint.save_atomically(path, payload)
-
-
-def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Classifier:
-    """Load ``simclr_lin_best.pt``.
-
-    Args:
-        path: The file, or the folder that holds it.
-        device: Where it goes.
-
-    Returns:
-        The classifier in eval mode: uint8 (b, H, W, 3) -> logits (b, c).
-
-    Raises:
-        CheckpointError: If it is missing, damaged, or no classifier, or its weights do not fit.
-    """
-    path = Path(path)
-    payload = checkpoint.load_safely(path / CLASSIFIER if path.is_dir() else path)
-    if payload.get("kind") != "classifier":
-        raise checkpoint.CheckpointError(
-            f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
-        )
-    try:
-        config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
-        encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
-        num_classes, width = payload["model"]["head.weight"].shape
-        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
-        classifier.load_state_dict(payload["model"], strict=True)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise checkpoint.CheckpointError(f"{path} does not fit this version of the code: {error}") from error
-    return classifier.to(device).eval()
+def confusion_matrix(label: Tensor, predicted: Tensor, *, num_classes: int) -> NDArray[np.int64]:
+    """Return how many images of each true class (row) were taken for each class (column), (c, c)."""
+    c = num_classes
+    counts: NDArray[np.int64] = torch.bincount(label * c + predicted, minlength=c * c).view(c, c).cpu().numpy()
+    return counts
 
 
 def fine_tune(

@@ -63,7 +63,8 @@ def export_encoder(pretrained: Pretrained, path: PathLike) -> None:
         "step": str(pretrained.step),
         "sha256": _sha256(weights),
     }
-    checkpoint.write_atomically(path, lambda file: file.write(save(weights, metadata)))
+    with checkpoint.whole_file(path) as file:
+        file.write(save(weights, metadata))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Gradients that are not finite: noticed by all ranks before the step, kept out of the weights, written down.
+"""Keeps gradients that are not finite out of the weights, and writes down where they came from.
 
-Gradients are averaged over all ranks before they are looked at, so one rank's NaN is everyone's, and all ranks decide
-alike without a word. On a GPU the decision is taken on the device, where the optimizer leaves out the step by itself;
-the host hears of it when metrics are read, some steps later.
+Gradients are averaged over all ranks before they are looked at. So a NaN of one rank is a NaN of all, and all decide
+alike without talking to each other. On a GPU the decision is taken on the device, where the optimizer leaves out the
+step by itself; the host learns of it some steps later, when metrics are read.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Guard:
     """Takes optimizer steps with finite gradients only.
 
     Args:
-        model: Whose gradients; the names of its parameters.
+        model: What is trained, without wrappers, so that its parameters have their own names.
         optimizer: As accelerate prepared it.
-        scaler: Of fp16, or None. It leaves out steps itself, as part of its search for a scale.
+        scaler: The gradient scaler of fp16, or None. It leaves out steps itself, as part of its search for a scale.
         policy: See :class:`simclr.config.TrainConfig`.
-        folder: Where gradients that are not finite are described.
+        folder: Where a description of gradients that are not finite is written.
         plan: Which images this rank takes at each step, for that description.
     """
 
@@ -66,7 +66,7 @@ class Guard:
         self._in_a_row = 0
 
     def begin(self) -> None:
-        """Remember the statistics of batch normalisation, which the forward pass changes. Before it, at each step."""
+        """Remember the running statistics of batch normalisation. To be called before each forward pass."""
         if self._skips:
             torch._foreach_copy_(self._buffers_before, self._buffers)
 

@@ -79,11 +79,10 @@ def mixed_precision_asked_for() -> str | None:
     return word
 
 
-def require_known_requests() -> list[str]:
+def require_known_requests() -> None:
     """Refuse what accelerate's launcher asks for and this project would ignore.
 
-    Returns:
-        Lines about variables of accelerate that this project does not know, for the user.
+    Variables of accelerate that this project does not know are told on standard error.
 
     Raises:
         ValueError: If there is such a request; the message names all of them, each with the way out.
@@ -102,7 +101,8 @@ def require_known_requests() -> list[str]:
             "accelerate is asked for what this project does not do, by its launcher, its configuration file or the "
             f"environment: {'; '.join(refused)}"
         )
-    return unknown
+    for line in unknown:
+        print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from simclr import distributed
 from simclr.distributed import at_least_float32
-from simclr.tiled import Kernels, nt_xent_of_rows, power_of_two, unit_rows
+from simclr.tiled import Kernels, nt_xent_of_rows
+from simclr.unit_length import power_of_two, unit_rows
 
 NTXentForm = Literal["auto", "matrix", "tiled"]
 KernelChoice = Literal["auto", "torch", "triton"]

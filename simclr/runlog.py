@@ -1,8 +1,10 @@
-"""What a run writes down: a manifest of facts, one JSON line per measurement, a progress bar, how it stands.
+"""What a run tells of itself, in its folder and on the terminal, and the lock that keeps other runs out of the folder.
 
-Besides, the lock that keeps a second run out of the folder.
+manifest.json    what the results depend on, and the sessions that made them
+metrics.jsonl    one JSON line per measurement
+status.json      whether the run goes on, is finished, was interrupted or has failed
 
-    python -m simclr.runlog results/RUN    # how the run stands, as JSON; a process that was killed is not "running"
+python -m simclr.runlog results/RUN    # prints status.json; the state of a run that was killed is "died"
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ STATUS = "status.json"
 LOCK = ".lock"
 State = Literal["running", "interrupted", "finished", "failed"]
 DIED = "died"
-"""What :func:`read_status` says of a run that could not say how it ended: killed, or its disk was full."""
+"""The state that :func:`read_status` gives a run that ended without writing so: it was killed, or its disk was full."""
 _FILES_OF_A_RUN = (LOCK, STATUS, MANIFEST, METRICS, "checkpoint_*.pt", "simclr_best_epoch.pt")
-_FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err", "simclr")  # of job scripts, and tensorboard's folder
+_FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err", "simclr")  # from job scripts, and tensorboard's folder
 _SECRET = re.compile(r"(?:^|[-_.])[a-z0-9]*(?:token|key|password|passwd|secret)s?$", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
@@ -63,23 +65,24 @@ def environment() -> dict[str, Any]:
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with *** for the values of options and variables that are named like secrets.
+    """Return the words of a command with *** in place of secrets.
 
-    --api-token VALUE, --api-token=VALUE and API_TOKEN=VALUE; also what stands before @ in an address.
+    These are the values of options and variables that are named like one (--api-token VALUE, --api-token=VALUE,
+    API_TOKEN=VALUE), and what stands before the @ of an address.
     """
-    shown: list[str] = []
+    masked: list[str] = []
     hide_next = False
     for word in words:
         name, equals, _ = word.partition("=")
         is_secret = _SECRET.search(name) is not None
         if hide_next and not word.startswith("--"):
-            shown.append("***")
+            masked.append("***")
         elif is_secret and equals:
-            shown.append(f"{name}=***")
+            masked.append(f"{name}=***")
         else:
-            shown.append(_IN_ADDRESS.sub("***", word))
+            masked.append(_IN_ADDRESS.sub("***", word))
         hide_next = is_secret and not equals and word.startswith("-")
-    return shown
+    return masked
 
 
 def hardware() -> str:
@@ -103,14 +106,14 @@ def cpu_has_fast_bf16() -> bool:
 
 
 class RunLog:
-    """Writes a run's measurements. Does nothing on ranks other than 0, so that callers need not ask.
+    """Writes metrics.jsonl and shows progress. Does nothing on ranks other than 0, so that callers need not ask.
 
     Args:
         folder: The run's folder.
         is_main: Whether this is rank 0.
-        total_steps: Of the whole run, for the progress bar.
-        first_step: Steps taken before; lines of later steps, left by an interrupted run, are removed, so that
-            every step stands in the file once.
+        total_steps: Number of steps of the whole run, for the progress bar.
+        first_step: Number of steps taken before. Lines of later steps, which an interrupted run left, are removed,
+            so that every step stands in the file once.
     """
 
     def __init__(self, folder: Path, *, is_main: bool, total_steps: int, first_step: int = 0) -> None:
@@ -137,7 +140,7 @@ class RunLog:
     def write(self, kind: str, *, step: int, **values: float | int | str | None) -> None:
         """Append one JSON line {"kind": kind, "step": step, ..., "seconds": since the run's beginning}, and flush it.
 
-        Numbers that are not finite, which JSON has not, become null.
+        NaN and infinities, which JSON lacks, become null.
         """
         if not self._is_main:
             return
@@ -146,23 +149,23 @@ class RunLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **finite, "seconds": round(seconds, 3)}) + "\n")
         self._file.flush()
 
-    def advance(self, steps: int, **shown: str) -> None:
-        """Move the progress bar; ``shown`` appears behind it. In a file, where no bar is: a line now and then."""
+    def advance(self, steps: int, **values: str) -> None:
+        """Move the progress bar and show values behind it. Where output is no terminal, print a line now and then."""
         if not self._is_main:
             return
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(values, refresh=False)
         self._bar.update(steps)
         self._step += steps
         now = time.perf_counter()
         if self._bar.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or self._step == self._total_steps):
             self._last_line = now
             left = (now - self._started) / (self._step - self._first_step) * (self._total_steps - self._step)
-            values = ", ".join(f"{name} {value}" for name, value in shown.items())
             time_left = datetime.timedelta(seconds=round(left))
-            print(f"step {self._step} of {self._total_steps}, {values}, {time_left} left", flush=True)
+            text = ", ".join(f"{name} {value}" for name, value in values.items())
+            print(f"step {self._step} of {self._total_steps}, {text}, {time_left} left", flush=True)
 
     def sync(self) -> None:
-        """Return when all lines are on the disk: before a checkpoint that continues after them."""
+        """Wait until all lines are on the disk: a checkpoint must not be newer than the lines it continues after."""
         if self._is_main:
             files.sync(self._file)
 
@@ -182,18 +185,18 @@ class RunLog:
 
 
 class Status:
-    """status.json: how a run stands, for job scripts to decide by. Only rank 0 writes it.
+    """Keeps status.json, by which job scripts decide whether to start a run again. Only rank 0 writes it.
 
-    {"state": "running", "step": of the newest checkpoint, "total_steps": of the whole run, "reason": why it stands so}
+    {"state": "running", "step": of the newest checkpoint, "total_steps": of the whole run, "reason": of an end}
 
-    A run that was killed cannot say so: its file stays at "running". :func:`read_status` knows.
+    A run that is killed leaves the state at "running"; :func:`read_status` tells the two apart.
 
     Args:
         folder: The run's folder.
         is_main: Whether this is rank 0.
-        step: Of the newest checkpoint.
-        total_steps: Of the whole run.
-        is_ours: Whether the folder is still this run's; nothing is written to another's.
+        step: Step of the newest checkpoint.
+        total_steps: Number of steps of the whole run.
+        is_ours: Tells whether the folder is still this run's. If not, nothing is written.
     """
 
     def __init__(
@@ -203,12 +206,12 @@ class Status:
         self._step, self._total_steps = step, total_steps
 
     def saved(self, step: int) -> None:
-        """Tell of a newer checkpoint."""
+        """Write that there is a newer checkpoint."""
         self._step = step
         self._write("running")
 
     def failed(self, reason: str) -> None:
-        """Tell why the run does not go on."""
+        """Write that the run has failed, and why."""
         self._write("failed", reason)
 
     def __enter__(self) -> Self:
@@ -242,13 +245,13 @@ class Status:
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self._path.exists():
                 raise
-            with self._path.open("r+b") as file:  # a full disk still has the room of the old one
+            with self._path.open("r+b") as file:  # into the old file, for which a full disk has room
                 file.write(json.dumps(content, indent=2).encode() + b"\n")
                 file.truncate()
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """Return what status.json says, with the state :data:`DIED` where it says "running" and no process holds the lock.
+    """Return the content of status.json, with the state :data:`DIED` for a "running" run whose lock nobody holds.
 
     Raises:
         ValueError: If there is no status.json, or it cannot be read; the message says so.
@@ -264,7 +267,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def saved_step(folder: Path) -> int:
-    """Return the step of the newest checkpoint that status.json tells of, 0 without one."""
+    """Return the step of the newest checkpoint according to status.json; 0 if there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((folder / STATUS).read_text(encoding="utf-8"))["step"])
     return 0
@@ -275,10 +278,10 @@ class FolderInUseError(ValueError):
 
 
 def require_run_or_empty(folder: Path) -> None:
-    """Refuse a folder that holds something and no run; logs of the start do not count.
+    """Refuse a folder that holds other things than a run. Logs that a job script leaves there do not count.
 
     Raises:
-        FolderInUseError: If so; the message names what is there.
+        FolderInUseError: If it does; the message names them.
     """
     if not folder.exists():
         return
@@ -292,18 +295,18 @@ def require_run_or_empty(folder: Path) -> None:
 
 
 class Lock:
-    """A run's hold of its folder.
+    """The lock on a run's folder.
 
     Args:
         path: The lock's file.
-        file: The same, open; None on ranks that hold no lock, and leave it to rank 0.
+        file: The same file, open; None on ranks other than 0, which hold no lock.
     """
 
     def __init__(self, path: Path, file: IO[str] | None) -> None:
         self._path, self._file = path, file
 
     def is_held(self) -> bool:
-        """Whether the folder is still the one that was locked, not deleted or made anew under the same name."""
+        """Return whether the folder is still the one that was locked, not deleted or made anew under its name."""
         try:
             return self._file is None or os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
         except OSError:
@@ -322,8 +325,9 @@ class Lock:
 def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     """Make the folder, and keep other runs out of it until the end, however this program ends. Only rank 0 does.
 
-    The kernel holds the lock (flock) and gives it up with the process. On NFS it holds between machines where the
-    server's lock service runs (Linux; not with the mount option nolock); a file system that has no locks is said.
+    The kernel holds the lock (flock) and releases it with the process. On NFS it holds between machines where the
+    server's lock service runs (Linux; not with the mount option nolock). Where a file system has no locks, a printed
+    line says so.
 
     Raises:
         FolderInUseError: If another program holds the lock; the message names it.
@@ -334,7 +338,7 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            if not _take(file):
+            if not _lock_alone(file):
                 raise OSError("Windows has no flock")
         except BlockingIOError:
             file.seek(0)
@@ -353,8 +357,8 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
             file.truncate(0)
 
 
-def _take(file: IO[str]) -> bool:
-    """As :func:`simclr.files.lock`, in spite of somebody who only looks whether the file is locked."""
+def _lock_alone(file: IO[str]) -> bool:
+    """Do as :func:`simclr.files.lock` does, and try again while :func:`read_status` of another process looks."""
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
             return files.lock(file)
@@ -363,7 +367,7 @@ def _take(file: IO[str]) -> bool:
 
 
 def _is_free(lock: Path) -> bool:
-    """Whether no process holds a lock; False where that cannot be known."""
+    """Return whether no process holds a lock; False where that cannot be known."""
     try:
         with lock.open(encoding="utf-8") as file:
             return files.lock(file, shared=True)
@@ -374,10 +378,10 @@ def _is_free(lock: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that ``path`` is at every moment either the old file or the whole new one.
+    """Write JSON so that ``path`` is at every moment either the old file or the whole new one. Paths become text.
 
     Raises:
-        TypeError: If ``value`` holds what JSON cannot, other than paths, which become text.
+        TypeError: If ``value`` holds anything else that JSON cannot.
         ValueError: If it holds a number that is not finite.
     """
 
@@ -411,13 +415,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; an unfinished last line, of a killed run, is left out.
+    """Return the lines of a run's metrics.jsonl; none without such a file.
+
+    An unfinished last line, of a killed run, is left out.
 
     Raises:
         ValueError: If another line is no JSON object.
     """
     path = folder / METRICS
-    # Bytes that are no text stay what they are, for the line's number to be named.
+    if not path.exists():
+        return []
+    # Bytes that are no text pass, so that the error below can name their line.
     *texts, _unfinished = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     lines = []
     for number, text in enumerate(texts, start=1):
@@ -432,7 +440,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _keep_lines_until(path: Path, step: int) -> float:
-    """Drop lines of steps after ``step``; return the seconds of the last one kept."""
+    """Remove lines of steps after ``step``; return the seconds of the last line kept."""
     if not path.exists():
         return 0.0
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
@@ -454,7 +462,7 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", this_file.name)  # installed inside another project's checkout, say
+        git("ls-files", "--error-unmatch", this_file.name)  # fails if installed inside another project's checkout
         commit = git("rev-parse", "HEAD")
         return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simclr import distributed
+from simclr.unit_length import scaled_rows
 
 if TYPE_CHECKING:
     from simclr.triton_tiles import TritonTiles
@@ -41,35 +42,6 @@ TILE = {"cpu": 512, "cuda": 4096}
 # While all similarities lie in [-40, 40], their exponentials and sums of 10^15 of them are ordinary float32 numbers,
 # and no maximum has to be subtracted. float64 reaches further.
 _DIRECT_UP_TO = {torch.float32: 40.0, torch.float64: 300.0}
-
-
-def unit_rows(z: Tensor) -> Tensor:
-    """Scale each row of (r, d), float32 or float64, to unit l2 norm; rows of zeros, which have no direction, stay.
-
-    Whatever a row's length, no square overflows or vanishes on the way. Differentiable; rows of zeros get no gradient.
-    """
-    rows, length, _ = _scaled_rows(z)
-    return rows / length
-
-
-def _scaled_rows(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z times scale; the length of these rows, (r, 1), infinity for 0; and scale, powers of two, (r, 1)."""
-    with torch.no_grad():  # amax and amin take a tenth of the infinity norm's time on a CPU
-        scale = power_of_two(torch.maximum(z.amax(dim=1, keepdim=True), -z.amin(dim=1, keepdim=True)))
-    rows = z * scale
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows, length.masked_fill(length == 0, math.inf), scale
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """Return powers of two that bring sizes >= 0 near 1: multiplying by them rounds nothing.
-
-    Sizes at the ends of their dtype's range, subnormal ones too, come within a few powers of ten of 1, so that the
-    squares of what is brought there are ordinary numbers. It is finite for sizes that are 0 or infinite.
-    """
-    tiny = torch.finfo(size.dtype).tiny
-    size = size.clamp(tiny, 0.5 / tiny)  # so that neither the power nor its reciprocal is subnormal
-    return torch.frexp(size).mantissa / size
 
 
 def nt_xent_of_rows(z: Tensor, temperature: float, *, kernels: Kernels, bf16_matmul: bool) -> Tensor:
@@ -92,7 +64,7 @@ def nt_xent_of_rows(z: Tensor, temperature: float, *, kernels: Kernels, bf16_mat
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, temperature: float, kernels: Kernels, bf16: bool) -> Tensor:
-        x, length, scale = _scaled_rows(z)
+        x, length, scale = scaled_rows(z)
         x.div_(length)
         tiles = _tiles(kernels, 1 / temperature, bf16)
         columns = distributed.gather(x)

@@ -175,8 +175,8 @@ def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
 def test_a_file_that_changes_while_it_is_opened_is_refused(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify = beton.verify
 
-    def verified_and_replaced(path: Path) -> beton.Facts:
-        facts = verify(path)
+    def verified_and_replaced(path: Path, facts: beton.Facts | None = None) -> beton.Facts:
+        facts = verify(path, facts)
         shutil.copy(path, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
         return facts
@@ -362,7 +362,11 @@ def test_a_damaged_manifest_is_named_and_what_to_do(images: Path, tmp_path: Path
     manifest = train(config) / "manifest.json"
     for damage in ("", "[]", '{"sessions": 1}', "\udcff"):
         manifest.write_bytes(damage.encode(errors="surrogateescape"))
-        for attempt in (lambda: train(config), lambda: linear_probe.pretraining_records(config.folder)):
+        attempts: tuple[Callable[[], object], ...] = (
+            lambda: train(config),
+            lambda: linear_probe.main(ProbeConfig(run=config.folder)),
+        )
+        for attempt in attempts:
             with pytest.raises(ValueError, match=rf"{manifest} is damaged: .*move it away to go on without"):
                 attempt()
     manifest.unlink()

@@ -165,7 +165,7 @@ def test_every_rank_gets_the_features_of_one_process(file: Path, world_size: int
 def test_raw_pixels_are_normalised_then_centred_by_the_mean_training_image(source: ImageSource) -> None:
     images, labels = beton.read(source.path)
     train, rest = np.arange(40), np.arange(40, NUM_IMAGES)
-    centre = evaluation.mean_image(evaluation.raw_pixel_features(source, train, normalisation=NORMALISATION))
+    centre = evaluation.raw_pixel_features(source, train, normalisation=NORMALISATION).representation.mean(dim=0)
     features = evaluation.raw_pixel_features(source, rest, normalisation=NORMALISATION, centre=centre)
     mean, std = np.array(NORMALISATION)
     pixels = ((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(NUM_IMAGES, -1)
@@ -210,7 +210,12 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = random_features(300, 12, 5, seed=0), random_features(111, 12, 5, seed=1)
     at_once = evaluation.knn_predict(bank, queries, k=20, num_classes=5)
     monkeypatch.setattr(evaluation, "_SIMILARITIES_AT_ONCE", 300 * 7)
-    assert torch.equal(evaluation.knn_predict(bank, queries, k=20, num_classes=5), at_once)
+    signs_of_life: list[None] = []
+    in_blocks = evaluation.knn_predict(
+        bank, queries, k=20, num_classes=5, before_block=lambda: signs_of_life.append(None)
+    )
+    assert torch.equal(in_blocks, at_once)
+    assert len(signs_of_life) == 16  # blocks of 7 of 111 queries
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
@@ -462,7 +467,7 @@ def test_augmented_features_are_of_new_views_in_each_epoch(source: ImageSource) 
 
 
 def save(path: Path, classifier: Classifier, facts: beton.Facts) -> None:
-    evaluation.save_classifier(
+    checkpoint.save_classifier(
         path,
         classifier,
         pretraining=TrainConfig(model=ModelConfig(encoder="small_resnet_w8")),
@@ -478,8 +483,8 @@ def a_classifier(facts: beton.Facts) -> Classifier:
 
 def test_a_saved_classifier_classifies_stored_pixels_as_before(source: ImageSource, tmp_path: Path) -> None:
     classifier = a_classifier(source.facts)
-    save(tmp_path / evaluation.CLASSIFIER, classifier, source.facts)
-    loaded = evaluation.load_classifier(str(tmp_path))
+    save(tmp_path / checkpoint.CLASSIFIER, classifier, source.facts)
+    loaded = checkpoint.load_classifier(str(tmp_path))
     assert not loaded.training
     assert loaded.classes == source.facts.classes
     images = torch.from_numpy(beton.read(source.path)[0])
@@ -492,19 +497,32 @@ def test_a_saved_classifier_classifies_stored_pixels_as_before(source: ImageSour
     assert torch.equal(evaluation.head_predict(loaded.head, features), logits.argmax(dim=1))
 
 
+def test_a_disk_that_returns_another_classifier_is_noticed(
+    source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.save_atomically
+
+    def write_other_weights(path: Path, payload: dict[str, Any]) -> None:
+        write(path, payload | {"model": payload["model"] | {"head.bias": payload["model"]["head.bias"] + 1e-3}})
+
+    monkeypatch.setattr(checkpoint, "save_atomically", write_other_weights)
+    with pytest.raises(checkpoint.CheckpointError, match="the disk returned other bytes"):
+        save(tmp_path / checkpoint.CLASSIFIER, a_classifier(source.facts), source.facts)
+
+
 def test_what_is_no_classifier_is_refused(source: ImageSource, tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint at"):
-        evaluation.load_classifier(tmp_path)
-    path = tmp_path / evaluation.CLASSIFIER
+        checkpoint.load_classifier(tmp_path)
+    path = tmp_path / checkpoint.CLASSIFIER
     save(path, a_classifier(source.facts), source.facts)
     payload = checkpoint.load_safely(path)
     checkpoint.save_atomically(path, payload | {"kind": "model"})
     with pytest.raises(checkpoint.CheckpointError, match="'model', not a classifier"):
-        evaluation.load_classifier(path)
+        checkpoint.load_classifier(path)
     del payload["model"]["encoder.bn1.running_mean"]
     checkpoint.save_atomically(path, payload)
     with pytest.raises(checkpoint.CheckpointError, match=r"bn1\.running_mean"):
-        evaluation.load_classifier(path)
+        checkpoint.load_classifier(path)
 
 
 def tune(

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import linear_probe
-from simclr import beton, checkpoint, evaluation
+from simclr import beton, checkpoint, evaluation, probe
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.data import open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
@@ -147,7 +148,7 @@ def test_all_three_representations_are_measured(outcome: Path) -> None:
 
 def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(place: Path, outcome: Path) -> None:
     result = numbers(outcome)
-    classifier = evaluation.load_classifier(outcome.parent)
+    classifier = checkpoint.load_classifier(outcome.parent)
     assert classifier.classes == CLASSES
     for split, n in (("train", NUM_TRAIN), ("test", NUM_TEST)):
         images, labels = beton.read(place / "data" / f"{split}.beton")
@@ -163,7 +164,7 @@ def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(pla
 
 def test_the_encoder_in_the_file_is_the_pretrained_one(place: Path, outcome: Path) -> None:
     pretrained = checkpoint.load_pretrained(place / "run")
-    saved = evaluation.load_classifier(outcome.parent)
+    saved = checkpoint.load_classifier(outcome.parent)
     before = evaluation.fingerprint(pretrained.model.encoder)
     assert evaluation.fingerprint(saved.encoder) == before
     assert numbers(outcome)["encoder_sha256"] == evaluation.combined_sha256(before)
@@ -175,21 +176,30 @@ def test_an_encoder_that_moves_during_the_probe_stops_it(
 ) -> None:
     honest = linear_probe.choose_and_fit
 
-    def meddling(task: linear_probe.Task, *arguments: Any) -> linear_probe.Fitted:
-        next(task.pretrained.model.encoder.buffers()).add_(1e-3)
-        return honest(task, *arguments)
+    def meddling(opened: probe.Probe, *arguments: Any) -> linear_probe.Fitted:
+        next(opened.pretrained.model.encoder.buffers()).add_(1e-3)
+        return honest(opened, *arguments)
 
     monkeypatch.setattr(linear_probe, "choose_and_fit", meddling)
     with pytest.raises(RuntimeError, match="not frozen"):
         linear_probe.main(settings(place, tmp_path, baselines=False))
-    assert not (tmp_path / evaluation.CLASSIFIER).exists()
+    assert not (tmp_path / checkpoint.CLASSIFIER).exists()
 
 
-def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path) -> None:
-    pretrained = checkpoint.load_pretrained(place / "run")
+def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[nn.Module] = []
+    honest = linear_probe.measure_encoder
+
+    def remembering(opened: probe.Probe, name: str, encoder: nn.Module) -> linear_probe.Measured:
+        measured.append(encoder)
+        return honest(opened, name, encoder)
+
+    monkeypatch.setattr(linear_probe, "measure_encoder", remembering)
+    with probe.open_probe(settings(place, place / "baselines", epochs=1)) as opened:
+        names = [row.name for row in linear_probe.measure_baselines(opened)]
+    assert names == ["raw pixels", "untrained encoder"]
     torch.manual_seed(5)  # the run's seed
-    expected = SimCLR(MODEL, SIDE).encoder
-    assert evaluation.fingerprint(linear_probe.untrained_encoder(pretrained)) == evaluation.fingerprint(expected)
+    assert evaluation.fingerprint(measured[0]) == evaluation.fingerprint(SimCLR(MODEL, SIDE).encoder)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +219,7 @@ def test_the_test_set_chooses_nothing(place: Path, tmp_path: Path, changes: dict
     assert true["test_accuracy"] != false["test_accuracy"]
     assert true["trials"] == false["trials"]
     assert true["rows"][0]["classifier"]["chosen"] == false["rows"][0]["classifier"]["chosen"]
-    weights = [evaluation.fingerprint(evaluation.load_classifier(report.parent)) for report in reports]
+    weights = [evaluation.fingerprint(checkpoint.load_classifier(report.parent)) for report in reports]
     assert weights[0] == weights[1]
 
 
@@ -246,7 +256,7 @@ def test_fine_tuning_saves_the_whole_tuned_model(place: Path, tmp_path: Path) ->
     assert [row["classifier"] is None for row in result["rows"]] == [True, False, False]
     assert result["encoder_sha256"] is None
     pretrained = checkpoint.load_pretrained(place / "run")
-    tuned = evaluation.load_classifier(report.parent)
+    tuned = checkpoint.load_classifier(report.parent)
     assert evaluation.fingerprint(tuned.encoder) != evaluation.fingerprint(pretrained.model.encoder)
     images, labels = beton.read(place / "data" / "test.beton")
     with torch.no_grad():
@@ -291,7 +301,7 @@ def test_a_missing_or_wrong_run_is_refused(place: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_is_no_pretrained_encoder(place: Path, tmp_path: Path, outcome: Path) -> None:
     config = settings(place, tmp_path / "out")
-    refused(dataclasses.replace(config, run=outcome.parent / evaluation.CLASSIFIER), "is no pretrained model")
+    refused(dataclasses.replace(config, run=outcome.parent / checkpoint.CLASSIFIER), "is no pretrained model")
 
 
 def test_missing_images_are_named_with_the_option(place: Path, tmp_path: Path) -> None:
@@ -351,7 +361,7 @@ def test_a_subset_of_the_pretraining_images_is_not_called_other_images(place: Pa
             open_images(tmp_path / name, backend="memory") as train,
             open_images(place / "data" / "test.beton", backend="memory") as test,
         ):
-            return "\n".join(linear_probe.check_data(config, pretrained, train, test))
+            return "\n".join(probe.require_comparable(config, pretrained, train, test))
 
     subset = notes("subset.beton", images[40:100][::-1].copy())
     assert "all 60 are among pretraining's 120" in subset
@@ -368,7 +378,7 @@ def test_settings_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> No
     refused(both, r"num_validation 500 leaves 0 .* use --num-validation 12, --knn-neighbours 108$")
     neighbours = settings(place, tmp_path / "out", num_validation=None, knn_neighbours=119)
     refused(neighbours, r"num_validation 40 leaves 80 .* use --num-validation 12, --knn-neighbours 108$")
-    with pytest.raises(ValueError, match=r"learning_rates is .* expected all > 0"):
+    with pytest.raises(ValueError, match=r"learning_rates\[1\] is 0\.0, expected > 0"):
         settings(place, tmp_path, learning_rates=(0.1, 0.0))
     with pytest.raises(ValueError, match="momentum is 1"):
         settings(place, tmp_path, momentum=1.0)
@@ -379,8 +389,8 @@ def test_what_is_not_given_follows_the_run_and_the_images(
 ) -> None:
     def sizes_of(**changes: Any) -> list[int]:
         config = settings(place, tmp_path / "out", num_validation=None, knn_neighbours=None, baselines=False, **changes)
-        probe = numbers(linear_probe.main(dataclasses.replace(config, epochs=1)))["config"]
-        return [probe[name] for name in ("num_validation", "knn_neighbours", "batch_size")]
+        used = numbers(linear_probe.main(dataclasses.replace(config, epochs=1)))["config"]
+        return [used[name] for name in ("num_validation", "knn_neighbours", "batch_size")]
 
     assert sizes_of(batch_size=32) == [NUM_VALIDATION, 20, 32]  # the run's
     assert "kNN:        20 neighbours" in capsys.readouterr().out
@@ -422,7 +432,7 @@ def test_several_processes_are_told_to_be_one(monkeypatch: pytest.MonkeyPatch) -
 def test_pixels_too_large_to_hold_are_left_out_aloud(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(linear_probe, "LARGEST_PIXEL_FEATURES", 1000)
+    monkeypatch.setattr(probe, "LARGEST_PIXEL_FEATURES", 1000)
     result = numbers(linear_probe.main(settings(place, tmp_path)))
     assert [row["name"] for row in result["rows"]] == ["untrained encoder", "pretrained encoder"]
     assert "raw pixels are left out" in capsys.readouterr().out

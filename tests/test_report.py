@@ -19,7 +19,7 @@ from simclr.beton import Facts
 from simclr.config import LossConfig, ProbeConfig, TrainConfig
 from simclr.evaluation import Candidate, Curve
 from simclr.models import ModelConfig
-from simclr.report import ProbeResult, Row, Scores, Trial, ViewPairs
+from simclr.report import ProbeResult, Row, Scores, Trial, ViewPairs, figures
 from simclr.views import ViewSpec, describe
 
 CLASSES = ("cat", "dog", "a|b", "<frog> & co")
@@ -223,13 +223,13 @@ def test_markdown_refers_to_figures_that_exist_and_are_pictures(written: Path) -
             assert len(set(picture.convert("L").tobytes())) > 20  # something is drawn
 
 
-def test_class_names_cannot_break_the_page_or_a_table(written: Path) -> None:
+def test_names_cannot_break_the_page_or_a_table(written: Path, tmp_path: Path) -> None:
     page = (written / "report.html").read_text()
     assert "<frog>" not in page
     assert "a|b taken for cat" in page
-    table = report.Table(("class", "images"), (("a|b", "<i>"),))
-    assert report.render_markdown([report.Heading(1, "t"), table]).splitlines()[-1] == "| a\\|b | <i> |"
-    assert "<td>a|b</td><td>&lt;i&gt;</td>" in report.render_html([report.Heading(1, "t"), table], written)
+    odd = facts(1000, source="a|b <i>")
+    assert "| source | a\\|b <i> | CIFAR-10 |" in written_anew(tmp_path, a_result(train_facts=odd)).splitlines()
+    assert "<td>source</td><td>a|b &lt;i&gt;</td><td>CIFAR-10</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_json_holds_every_number_and_no_nan(written: Path) -> None:
@@ -308,7 +308,7 @@ def test_barlow_twins_and_runs_without_records_are_reported(tmp_path: Path) -> N
     assert "barlow_twins, off-diagonal weight 0.005, centred, times 0.1" in text
     assert "Raw pixels:" not in text
     assert not (tmp_path / "pretraining.png").exists()
-    report.draw_pretraining([line for line in METRICS if line["kind"] == "step"], "barlow_twins")  # kNN not measured
+    figures.draw_pretraining([line for line in METRICS if line["kind"] == "step"], "barlow_twins")  # kNN not measured
 
 
 def test_a_hundred_classes_one_epoch_and_divergence_are_drawn(tmp_path: Path) -> None:

@@ -1,0 +1,310 @@
+"""Opens what an evaluation works on, an encoder and images to measure it on, or says why they do not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simclr import beton, host, launch, report, runlog
+from simclr.beton import Facts
+from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
+from simclr.config import ProbeConfig, default_num_validation
+from simclr.data import ImageSource, open_images, validation_split
+from simclr.evaluation import Candidate
+
+LARGEST_PIXEL_FEATURES = 4 << 30
+"""In bytes; beyond this the raw-pixel baseline is left out, and that is said."""
+
+MOST_TRAINED_ON = 0.1
+"""Share of the test images; with more training images among them, nothing is measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What every representation is measured on."""
+
+    config: ProbeConfig
+    """With the sizes that fit the number of training images."""
+    pretrained: Pretrained
+    pretraining_manifest: Mapping[str, Any] | None
+    pretraining_metrics: Sequence[Mapping[str, Any]]
+    """Both as far as they lie beside the checkpoint."""
+    train: ImageSource
+    test: ImageSource
+    fit: NDArray[np.int64]
+    """Training images that candidates are fitted on."""
+    validation: NDArray[np.int64]
+    """Training images that candidates are chosen on."""
+    device: torch.device
+    output: Path
+    """Where the results go."""
+    notes: tuple[str, ...]
+    """What the reader of the results has to know."""
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Every learning rate with every weight decay."""
+        return [Candidate(*pair) for pair in product(self.config.learning_rates, self.config.weight_decays)]
+
+    @property
+    def has_room_for_pixels(self) -> bool:
+        """Whether all training images' pixels in float32 stay within what is held at once."""
+        facts = self.train.facts
+        return facts.num_images * facts.height * facts.width * 3 * 4 <= LARGEST_PIXEL_FEATURES
+
+
+@contextlib.contextmanager
+def open_probe(config: ProbeConfig) -> Iterator[Probe]:
+    """Load the encoder, open the images, and say what is going to be done; the images are closed at the end.
+
+    Raises:
+        ValueError: If the run, the data and the configuration do not fit together; the message says what to do.
+    """
+    require_safe_loading()
+    device = choose_device(config)
+    pretrained = load_pretrained(config.run, device)
+    folder = pretrained.path.parent
+    manifest, metrics = runlog.read_manifest(folder), runlog.read_metrics(folder)
+    train_path, test_path = find_files(config, pretrained)
+    with (
+        open_images(train_path, backend=config.loader, device=device) as train,
+        open_images(test_path, backend=config.loader, device=device) as test,
+    ):
+        config = with_sizes(config, pretrained, train)
+        notes = require_comparable(config, pretrained, train, test)
+        assert config.num_validation is not None
+        fit, validation = validation_split(train.facts.num_images, config.num_validation)
+        probe = Probe(
+            config=config,
+            pretrained=pretrained,
+            pretraining_manifest=manifest,
+            pretraining_metrics=metrics,
+            train=train,
+            test=test,
+            fit=fit,
+            validation=validation,
+            device=device,
+            output=config.output or folder / default_output(config),
+            notes=tuple(notes),
+        )
+        probe.output.mkdir(parents=True, exist_ok=True)
+        say_start(probe)
+        yield probe
+
+
+def every_image(source: ImageSource) -> NDArray[np.int64]:
+    """Return the indices of all images."""
+    return np.arange(source.facts.num_images, dtype=np.int64)
+
+
+def choose_device(config: ProbeConfig) -> torch.device:
+    """Return the first GPU, or the CPU if there is none or accelerate is told so."""
+    launch.require_known_requests()
+    if (asked := launch.mixed_precision_asked_for()) not in {None, config.precision}:
+        raise ValueError(
+            f"accelerate is told mixed precision {asked}, but precision is {config.precision}; the probe takes it from "
+            "--precision alone (fp32 or bf16)"
+        )
+    if torch.cuda.is_available() and not launch.cpu_is_asked_for():
+        return torch.device("cuda")
+    host.keep_freed_memory()
+    return torch.device("cpu")
+
+
+def default_output(config: ProbeConfig) -> str:
+    """Return the name of the folder for this kind of evaluation."""
+    is_augmented = config.mode == "linear" and config.features == "augmented"
+    return "probe-linear-augmented" if is_augmented else f"probe-{config.mode}"
+
+
+def find_files(config: ProbeConfig, pretrained: Pretrained) -> tuple[Path, Path]:
+    """Return the files of the training and test images.
+
+    Raises:
+        ValueError: If one is not there; the message names the option.
+    """
+    train = config.train or pretrained.config.data
+    if not train.exists():
+        which = "" if config.train else f", the file that {pretrained.path} was pretrained on,"
+        raise ValueError(f"{train}{which} is not there; name the training images with --train FILE.beton")
+    test = config.test or train.with_name("test.beton")
+    if not test.exists():
+        raise ValueError(
+            f"there are no test images at {test}; name them with --test FILE.beton, or convert them first "
+            "(python -m data_prep --help)"
+        )
+    return train, test
+
+
+def with_sizes(config: ProbeConfig, pretrained: Pretrained, train: ImageSource) -> ProbeConfig:
+    """Return the settings with num_validation, knn_neighbours and batch_size that fit the number of training images.
+
+    What is given stays. By default the validation images are those that the run measured kNN on.
+
+    Raises:
+        ValueError: If what is given does not fit; the message names all that must change, with values that work.
+    """
+    n = train.facts.num_images
+    if n < 2:
+        raise ValueError(f"{train.path} has 1 image, but one is needed to fit on and another one to choose on")
+    usual = max(1, default_num_validation(n))
+    as_before = pretrained.config.num_validation if n == pretrained.facts.num_images else None
+    num_validation = config.num_validation or as_before or usual
+    neighbours = config.knn_neighbours or min(20, max(1, n - num_validation))
+    if num_validation + neighbours > n:
+        given = {"--num-validation": num_validation, "--knn-neighbours": neighbours}
+        fitting = {"--num-validation": usual, "--knn-neighbours": min(neighbours, n - usual)}
+        changes = ", ".join(f"{name} {value}" for name, value in fitting.items() if value != given[name])
+        raise ValueError(
+            f"num_validation {num_validation} leaves {max(0, n - num_validation)} of the {n} images of {train.path}, "
+            f"but {neighbours} neighbours are needed; use {changes}"
+        )
+    return dataclasses.replace(
+        config,
+        num_validation=num_validation,
+        knn_neighbours=neighbours,
+        batch_size=min(config.batch_size, n),
+    )
+
+
+def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: ImageSource, test: ImageSource) -> list[str]:
+    """Compare training, test and pretraining images; return what the reader of the results has to know.
+
+    Raises:
+        ValueError: If nothing can be measured on these images: labels are missing or differ, sizes differ, test
+            images are training images, or training images are others than pretrained on and were not named.
+    """
+    for source, option in ((train, "--train"), (test, "--test")):
+        _require_measurable(source, pretrained.facts, option)
+    if train.facts.classes != test.facts.classes:
+        raise ValueError(
+            f"the classes differ: {train.path} has {list(train.facts.classes)}, {test.path} has "
+            f"{list(test.facts.classes)}. Name files of one data set with --train and --test"
+        )
+    is_pretraining_file = train.facts.content_sha256 == pretrained.facts.content_sha256
+    if not is_pretraining_file and config.train is None:
+        raise ValueError(
+            f"{train.path} is not the file that was pretrained on: its content has sha256 "
+            f"{train.facts.content_sha256[:12]}..., that one's {pretrained.facts.content_sha256[:12]}.... "
+            "If it is to be measured on nevertheless, name it with --train"
+        )
+    train_images, test_images = beton.image_digests(train.path), beton.image_digests(test.path)
+    notes = _compare_test_with_training(train, test, train_images, test_images)
+    if not is_pretraining_file:
+        notes += _compare_with_pretraining(pretrained, train.facts, train_images, test_images)
+    return notes
+
+
+def _require_measurable(source: ImageSource, before: Facts, option: str) -> None:
+    path, facts = source.path, source.facts
+    if not facts.is_labelled:
+        raise ValueError(
+            f"{path} has {facts.num_images - sum(facts.class_counts):,} images without a label; accuracy needs "
+            f"labels. Name a labelled file with {option}"
+        )
+    if facts.num_classes < 2:
+        raise ValueError(
+            f"{path} has one class only, {facts.classes[0]!r}, so that every answer is right. Name a file of "
+            f"several classes with {option}"
+        )
+    if (facts.height, facts.width) != (before.height, before.width):
+        raise ValueError(
+            f"{path} holds images of {facts.height} x {facts.width} pixels, but the encoder was pretrained on "
+            f"{before.height} x {before.width}. Convert them to that size, or name another file with {option}"
+        )
+
+
+def _compare_test_with_training(
+    train: ImageSource, test: ImageSource, train_images: list[bytes], test_images: list[bytes]
+) -> list[str]:
+    """Refuse too many test images that are training images; return a note about few."""
+    if train.facts.encoding != test.facts.encoding:
+        return [
+            f"Whether test images are training images was not compared: the ones are {test.facts.encoding}, "
+            f"the others {train.facts.encoding}."
+        ]
+    trained_on = set(train_images)
+    equal = sum(image in trained_on for image in test_images)
+    share = f"{equal:,} of the {len(test_images):,} test images ({100 * equal / len(test_images):.1f} %)"
+    if equal > MOST_TRAINED_ON * len(test_images):
+        raise ValueError(
+            f"{share} in {test.path} are also training images in {train.path}, pixel by pixel; up to "
+            f"{100 * MOST_TRAINED_ON:g} % are measured. Name other images with --test, or divide the images anew "
+            "(python -m data_prep imagefolder --test-fraction 0.1)"
+        )
+    return [f"{share} are also training images, pixel by pixel."] if equal else []
+
+
+def _compare_with_pretraining(
+    pretrained: Pretrained, train: Facts, train_images: list[bytes], test_images: list[bytes]
+) -> list[str]:
+    """Return notes about which images the encoder has seen; for a training file that was not pretrained on."""
+    before = pretrained.facts
+    seen = _pretraining_images(pretrained, train.encoding)
+    known, known_test = (sum(image in (seen or ()) for image in images) for images in (train_images, test_images))
+    if known == len(train_images):
+        what = f"Measured on images pretrained on: all {known:,} are among pretraining's {before.num_images:,}"
+    else:
+        what = "Transfer: measured on other images than pretrained on"
+        what += f", but for {known:,} of {len(train_images):,}" if known else ""
+        if seen is None:
+            what += f", as far as is known: {pretrained.config.data} is not there, or stored in another way,"
+    notes = [
+        f"{what} ({train.source!r}; pretraining: {before.source!r}). Both are normalised with pretraining's "
+        f"statistics: channel means {_three(before.channel_mean)} there, {_three(train.channel_mean)} here; "
+        f"deviations {_three(before.channel_std)} there, {_three(train.channel_std)} here."
+    ]
+    if known_test:
+        notes.append(
+            f"{known_test:,} of the {len(test_images):,} test images were pretrained on, without their labels."
+        )
+    return notes
+
+
+def _pretraining_images(pretrained: Pretrained, encoding: str) -> set[bytes] | None:
+    """Return digests of the images pretrained on; None if their file is gone, or stored in another encoding."""
+    path, facts = pretrained.config.data, pretrained.facts
+    try:
+        if facts.encoding == encoding and beton.load_facts(path).content_sha256 == facts.content_sha256:
+            return set(beton.image_digests(path))
+    except beton.BetonError:
+        pass  # it is not needed for anything else
+    return None
+
+
+def _three(values: tuple[float, float, float]) -> str:
+    return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
+
+
+def say_start(probe: Probe) -> None:
+    """Print what is going to be done."""
+    config, pretrained = probe.config, probe.pretrained
+    print(f"encoder:    {pretrained.path} ({pretrained.config.model.encoder}, epoch {pretrained.epoch})")
+    for name, source in (("train:", probe.train), ("test:", probe.test)):
+        print(f"{name:<12}{source.path}, {source.facts.num_images:,} images ({source.reason})")
+    print(
+        f"choice:     {probe.train.facts.num_images:,} training images = {len(probe.fit):,} to fit "
+        f"+ {len(probe.validation):,} to choose on"
+    )
+    print(f"kNN:        {config.knn_neighbours} neighbours; classifier: batches of {config.batch_size}")
+    print(
+        f"candidates: {len(config.learning_rates)} learning rates x {len(config.weight_decays)} weight decays = "
+        f"{len(probe.candidates)}, {config.epochs} epochs each ({config.mode})"
+    )
+    print(f"device:     {probe.device} ({runlog.hardware()}), {config.precision}\noutput:     {probe.output}")
+    if (probe.output / report.RESULT).exists():
+        print("note:       replaces the earlier evaluation there")
+    for note in probe.notes:
+        print(f"note:       {note}")
+    if config.baselines and not probe.has_room_for_pixels:
+        print(f"note:       raw pixels are left out: they would take more than {LARGEST_PIXEL_FEATURES >> 30} GiB")
+    print(flush=True)

@@ -1,0 +1,204 @@
+"""The report of an evaluation: ``probe.json``, figures, and one text as Markdown and as one HTML file.
+
+``report.jinja`` is the text. Its markup is the macros of ``markdown.jinja`` or ``html.jinja``.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from simclr.beton import Facts
+from simclr.checkpoint import CLASSIFIER
+from simclr.config import ProbeConfig
+from simclr.evaluation import Candidate
+from simclr.report.figures import draw_all, view_pairs
+from simclr.report.results import ProbeResult, Row, Scores, Trial, ViewPairs, to_plain
+from simclr.runlog import write_json
+from simclr.views import describe, say_view_stages
+
+__all__ = ["ProbeResult", "Row", "Scores", "Trial", "ViewPairs", "at_edge", "summary", "view_pairs", "write_report"]
+
+MARKDOWN, HTML, RESULT = "report.md", "report.html", "probe.json"
+_CONVERSIONS = {
+    "built-in shapes": "python -m data_prep shapes",
+    "CIFAR-100": "python -m data_prep cifar100",
+    "CIFAR-10": "python -m data_prep cifar10",
+    "STL-10": "python -m data_prep stl10",
+}
+
+
+def write_report(folder: Path, result: ProbeResult, pairs: ViewPairs, metrics: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the figures, ``probe.json``, ``report.md`` and ``report.html``.
+
+    Args:
+        folder: Where to; exists.
+        result: What was measured.
+        pairs: Images for the picture of augmented pairs.
+        metrics: The pretraining's metric lines; empty if they are not at hand.
+
+    Returns:
+        The HTML file. It holds its figures and refers to nothing outside itself.
+    """
+    figures = draw_all(folder, result, pairs, metrics)
+    write_json(folder / RESULT, to_plain(result))
+    for name, markup in ((MARKDOWN, "markdown.jinja"), (HTML, "html.jinja")):
+        (folder / name).write_text(render(markup, folder, result, figures), encoding="utf-8")
+    return folder / HTML
+
+
+def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str]) -> str:
+    """Return the report's text.
+
+    Args:
+        markup: The template with the macros: "markdown.jinja" or "html.jinja".
+        folder: Where the figures lie.
+        result: What was measured.
+        figures: Names of the figures that there are.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # the macros of html.jinja escape, by the filter inline
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "count": "{:,}".format,
+        "g": "{:g}".format,
+        "inline": _inline,
+        "one_line": lambda text: " ".join(text.split()),
+        "items_of": lambda text: [" ".join(item.split()) for item in re.split(r"(?m)^- ", text)[1:]],
+        "percent": _percent,
+        "storage": _storage,
+        "embedded": lambda file: base64.b64encode((folder / file).read_bytes()).decode("ascii"),
+        "range": lambda counts: " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})),
+    }
+    text = templates.get_template("report.jinja").render(
+        markup=markup,
+        result=result,
+        figures=figures,
+        results=_results_table(result),
+        trials=_trials_table(result),
+        mistakes=_mistakes(result),
+        commands=_commands(result),
+        environments=_environments(result),
+        edge=at_edge(result.config, result.scores.chosen),
+        describe=describe,
+        view_stages=say_view_stages(result.pretraining.view_stages, result.pretraining_facts.height),
+        classifier_file=CLASSIFIER,
+        result_file=RESULT,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
+
+
+def _results_table(result: ProbeResult) -> list[list[str]]:
+    """Return the accuracies of every representation, a header first."""
+    kind = "linear" if result.config.mode == "linear" else "fine-tuned"
+    chance = _percent(result.chance)
+    return [
+        ["accuracy in %", "width", "kNN val.", "kNN test", f"{kind} train", f"{kind} val.", f"{kind} test"],
+        ["always the commonest class", "", "", chance, "", "", chance],
+        *(
+            [row.name, str(row.width), _percent(row.knn_validation), _percent(row.knn_test)]
+            + [_percent(getattr(row.classifier, split, None)) for split in ("train", "validation", "test")]
+            for row in result.rows
+        ),
+    ]
+
+
+def summary(result: ProbeResult) -> str:
+    """Return the table of results as text for a terminal."""
+    table = _results_table(result)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    header, *lines = (
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])  # names left, numbers right
+        for row in table
+    )
+    return "\n".join([header, "-" * len(header), *lines])
+
+
+def at_edge(config: ProbeConfig, chosen: Candidate) -> str | None:
+    """Return a remark if the chosen learning rate is the largest or smallest candidate, so that more may help."""
+    rates = sorted(set(config.learning_rates))
+    if len(rates) == 1 or chosen.learning_rate not in (rates[0], rates[-1]):
+        return None
+    end, hint = ("smallest", "smaller") if chosen.learning_rate == rates[0] else ("largest", "larger")
+    return (
+        f"The chosen learning rate {chosen.learning_rate:g} is the {end} candidate: try {hint} ones too "
+        "(`--learning-rates`)."
+    )
+
+
+def _trials_table(result: ProbeResult) -> list[list[str]]:
+    """Return what each candidate reached, learning rates down and weight decays across, the chosen one in bold."""
+    config = result.config
+    cells = {
+        trial.candidate: f"{trial.accuracy:.2f}" if math.isfinite(trial.loss) else "diverged" for trial in result.trials
+    }
+    cells[result.scores.chosen] = f"**{cells[result.scores.chosen]}**"
+    return [
+        ["learning rate", *(f"weight decay {decay:g}" for decay in config.weight_decays)],
+        *(
+            [f"{rate:g}", *(cells[Candidate(rate, decay)] for decay in config.weight_decays)]
+            for rate in config.learning_rates
+        ),
+    ]
+
+
+def _mistakes(result: ProbeResult) -> str:
+    """Return which classes are recognised least, and what is taken for what most often."""
+    names, confusion = result.test_facts.classes, result.confusion
+    totals = confusion.sum(axis=1)
+    recall = 100 * np.diag(confusion) / np.maximum(totals, 1)
+    worst = np.argsort(recall, kind="stable")[:3]
+    wrong = confusion - np.diag(np.diag(confusion))
+    i, j = np.unravel_index(int(wrong.argmax()), wrong.shape)
+    lowest = f"Lowest: {', '.join(f'{names[k]} {recall[k]:.1f} %' for k in worst)}."
+    if not wrong[i, j]:
+        return lowest
+    return f"{lowest} Commonest mistake: {names[i]} taken for {names[j]} ({wrong[i, j]} of {totals[i]} images)."
+
+
+def _commands(result: ProbeResult) -> str:
+    """Return the commands that lead to this result, as far as they are known."""
+    source, manifest = result.train_facts.source, result.pretraining_manifest or {}
+    commands = [command for name, command in _CONVERSIONS.items() if source.startswith(name)][:1]  # CIFAR-100 is no -10
+    if command := manifest.get("environment", {}).get("command"):
+        world_size = manifest.get("derived", {}).get("world_size", 1)
+        config_file = f"accelerate_configs/{'cpu' if manifest.get('device') == 'cpu' else 'multi_gpu'}.yaml"
+        several = f"accelerate launch --config_file {config_file} --num_processes {world_size}"
+        commands.append(f"{'python' if world_size == 1 else several} {command}")
+    return "\n".join([*commands, f"python {result.environment['command']}"])
+
+
+def _environments(result: ProbeResult) -> list[list[str]]:
+    """Return what pretraining and evaluation ran on, side by side: name, there, here."""
+    before, now = (result.pretraining_manifest or {}).get("environment", {}), result.environment
+    names = ("commit", "hardware", "platform", "date", "python")
+    return [
+        *([name, before.get(name, "–"), now.get(name, "–")] for name in names),
+        *([name, before.get("versions", {}).get(name, "–"), version] for name, version in now["versions"].items()),
+    ]
+
+
+def _storage(facts: Facts) -> str:
+    return "raw pixels" if facts.encoding == "raw" else f"JPEG, quality {facts.jpeg_quality or 'unknown'}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _inline(text: object) -> str:
+    """Return text as HTML; it may hold `code` and **bold**."""
+    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(text), quote=False))
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)
