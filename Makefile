@@ -10,7 +10,7 @@ help:
 	@echo "make check             lint, formatting and types"
 	@echo "make test              check, then all tests"
 	@echo "make test-distributed  the tests with several processes"
-	@echo "make smoke             the tests without the slow and the distributed ones"
+	@echo "make smoke             scripts/test.sh --quick: lint, and the tests that start no processes: two minutes"
 	@echo "make audit             installed packages against known vulnerabilities (needs the network)"
 	@echo "make clean             remove caches and built files; data, results and .venv stay"
 
@@ -35,8 +35,8 @@ test:
 test-distributed: setup
 	$(PYTHON_IN_VENV) -m pytest -m distributed
 
-smoke: setup
-	$(PYTHON_IN_VENV) -m pytest -m "not slow and not distributed"
+smoke:
+	scripts/test.sh --quick
 
 audit: setup
 	scripts/audit.sh

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# All checks: scripts/test.sh [PYTEST OPTIONS]
+# All checks: scripts/test.sh [--quick] [PYTEST OPTIONS]
 #
-# Sets everything up (scripts/setup.sh --dev), then lint, formatting, types and the whole test suite.
-# Options are handed to pytest: scripts/test.sh -k nt_xent
+# Sets everything up (scripts/setup.sh --dev), then lint, formatting, types and the whole test suite, two tests at a
+# time (-n 0: one). Options are handed to pytest: scripts/test.sh -k nt_xent
+# --quick: lint, formatting, and the tests that neither start processes nor compile nor take long: under two minutes.
+# tests/conftest.py lists what it leaves out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/common.sh
@@ -14,7 +16,11 @@ stage "lint: ruff check"
 ruff check
 stage "formatting: ruff format --check"
 ruff format --check
-stage "types: mypy"
-mypy
+if [ "${1:-}" != --quick ]; then
+    stage "types: mypy"
+    mypy
+fi
 stage "tests: pytest $*"
-python -m pytest "$@"
+# Tests wait for processes to start and for timeouts, so two at a time keep two cores busy. Those of one file share
+# what they have run, and stay together.
+python -m pytest -n 2 --dist loadfile "$@"

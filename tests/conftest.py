@@ -8,6 +8,8 @@ which none passed: continuous integration cannot lose them unnoticed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -28,6 +30,46 @@ CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
 
 REQUIRED_BY = {"real_data": "REQUIRE_REAL_DATA", "slurm": "REQUIRE_SLURM", "hosts": "REQUIRE_HOSTS"}
 """The variable that forbids to skip the tests of a mark."""
+
+QUICK_MARKS = {"slow", "distributed", "slurm", "hosts", "real_data", "gpu"}
+QUICK_FILES = [
+    "test_benchmarks",
+    "test_conftest",
+    "test_data_ffcv",
+    "test_doctor",
+    "test_export",
+    "test_faults",
+    "test_helpers",
+    "test_host",
+    "test_hosts",
+    "test_launch",
+    "test_native",
+    "test_scripts",
+    "test_slurm",
+    "test_whole_path",
+]
+QUICK_TESTS = [
+    "test_a_hundred_classes_one_epoch_and_divergence_are_drawn",
+    "test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_there_is_space",
+    "test_a_disk_without_any_room_still_takes_the_end_state",
+    "test_a_full_disk_is_named_and_leaves_nothing",
+    "test_a_kill_at_any_moment_leaves_a_whole_file",
+    "test_a_log_that_finds_no_space_says_so_and_keeps_its_lines",
+    "test_a_run_is_running_as_long_as_its_process_holds_the_lock",
+    "test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed",
+    "test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing",
+    "test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new",
+    "test_bad_words_on_the_command_line",
+    "test_ffcv_gives_the_same_weights_bit_for_bit",
+    "test_ffcv_reads_our_jpeg_file",
+    "test_ffcv_reads_our_raw_file",
+    "test_no_random_flip_or_cut_anywhere_passes",
+    "test_raw_pixels_fail",
+    "test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said",
+    "test_the_test_set_chooses_nothing",
+    "test_user_errors_end_the_process_with_1_and_without_a_traceback",
+]
+"""What --quick leaves out, since it starts processes, compiles or takes long: all of it stands here."""
 
 _passed = pytest.StashKey[set[str]]()  # the marks of which a test has passed
 
@@ -52,15 +94,15 @@ def cifar10_jpeg(request: pytest.FixtureRequest) -> Path:
         pytest.fail(f"{archive} has SHA-256 {checksum}, expected {CIFAR10_JPEG_SHA256}")
 
     folder = request.config.rootpath / ".cache" / f"cifar10-jpeg-{checksum[:12]}"
-    if _count_images(folder) != CIFAR10_JPEG_COUNTS:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-            # Renamed when complete, so that an interrupted session leaves nothing that looks usable.
-            with tarfile.open(archive) as tar:
-                tar.extractall(f"{partial}/images", filter="data")
-            Path(partial, "images").rename(folder)
-        assert _count_images(folder) == CIFAR10_JPEG_COUNTS
+    with _one_at_a_time(folder.parent):
+        if _count_images(folder) != CIFAR10_JPEG_COUNTS:
+            shutil.rmtree(folder, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+                # Renamed when complete, so that an interrupted session leaves nothing that looks usable.
+                with tarfile.open(archive) as tar:
+                    tar.extractall(f"{partial}/images", filter="data")
+                Path(partial, "images").rename(folder)
+            assert _count_images(folder) == CIFAR10_JPEG_COUNTS
     return folder
 
 
@@ -74,24 +116,52 @@ def cifar10_beton(request: pytest.FixtureRequest, cifar10_jpeg: Path) -> Path:
     code = b"".join(path.read_bytes() for path in [*sorted(root.glob("data_prep/*.py")), root / "simclr" / "beton.py"])
     key = hashlib.sha256(CIFAR10_JPEG_SHA256.encode() + code).hexdigest()[:12]
     folder = root / ".cache" / f"cifar10-beton-{key}"
-    if not folder.exists():
-        for stale in root.glob(".cache/cifar10-beton-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-            command = ["imagefolder", "--root", str(cifar10_jpeg), "--output", f"{partial}/files"]
-            subprocess.run([sys.executable, "-m", "data_prep", *command], cwd=root, check=True)
-            Path(partial, "files").rename(folder)
+    with _one_at_a_time(folder.parent):
+        if not folder.exists():
+            for stale in root.glob(".cache/cifar10-beton-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+                command = ["imagefolder", "--root", str(cifar10_jpeg), "--output", f"{partial}/files"]
+                subprocess.run([sys.executable, "-m", "data_prep", *command], cwd=root, check=True)
+                Path(partial, "files").rename(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Make a folder, and have pytest-xdist's other processes wait while this one fills it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _count_images(folder: Path) -> dict[str, int]:
     return {split: sum(1 for _ in folder.glob(f"{split}/*/*.jpg")) for split in CIFAR10_JPEG_COUNTS}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what starts processes, compiles or takes long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.quick:
+        return
+
+    def is_quick(item: pytest.Item) -> bool:
+        is_marked = any(item.get_closest_marker(mark) for mark in QUICK_MARKS)
+        return not is_marked and item.path.stem not in QUICK_FILES and item.name.split("[")[0] not in QUICK_TESTS
+
+    left_out = [item for item in items if not is_quick(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if is_quick(item)]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The tests' models are small, and tests run beside their own subprocesses: threads would wait for each other.
     torch.set_num_threads(1)
     config.stash[_passed] = set()
+    config.pluginmanager.register(_Passed(config))
 
 
 def pytest_report_header() -> str:
@@ -106,15 +176,23 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     for mark, variable in REQUIRED_BY.items():
-        if item.get_closest_marker(mark) is None:
-            continue
-        if report.skipped and _is_required(mark) and not hasattr(report, "wasxfail"):
+        is_required = item.get_closest_marker(mark) is not None and _is_required(mark)
+        if is_required and report.skipped and not hasattr(report, "wasxfail"):
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
             report.outcome = "failed"
             report.longrepr = f"{variable}=1, and this test was skipped: {reason}"
-        elif report.passed and report.when == "call":
-            item.config.stash[_passed].add(mark)
     return report
+
+
+class _Passed:
+    """Notes the marks of which a test has passed, in this process or in another of pytest-xdist's."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.marks = config.stash[_passed]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.passed and report.when == "call":
+            self.marks.update(mark for mark in REQUIRED_BY if mark in report.keywords)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -132,6 +210,6 @@ def _is_required(mark: str) -> bool:
 
 
 def _lacking(config: pytest.Config) -> list[str]:
-    if config.option.collectonly:
+    if config.option.collectonly or hasattr(config, "workerinput"):  # one of xdist's processes sees a part of the tests
         return []
     return [mark for mark in REQUIRED_BY if _is_required(mark) and mark not in config.stash[_passed]]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+Session = Callable[..., tuple[int, str]]
 TWO_TESTS = """
 import pytest
 
@@ -22,16 +21,22 @@ def test_without_images():
 """
 
 
-def _session(folder: Path, test_file: str, *options: str, **variables: str) -> tuple[int, str]:
-    (folder / "test_inner.py").write_text(test_file)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    real_data\n    slurm\n    hosts\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CIFAR10_", "REQUIRE_"))}
-    environment |= variables | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-q", *options]
-    result = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture
+def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """Run a session of its own with this suite's conftest; give its exit status and what it printed."""
+
+    def run(test_file: str, *options: str, **variables: str) -> tuple[int, str]:
+        for name in os.environ:
+            if name.startswith(("CIFAR10_", "REQUIRE_")):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        pytester.makepyfile(test_inner=test_file)
+        pytester.makeini("[pytest]\nmarkers =\n    real_data\n    slurm\n    hosts\n")
+        result = pytester.runpytest_inprocess("-p", "tests.conftest", "-q", *options)
+        return int(result.ret), "\n".join(result.outlines + result.errlines)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -45,24 +50,24 @@ def _session(folder: Path, test_file: str, *options: str, **variables: str) -> t
     ],
 )
 def test_required_real_data_cannot_be_skipped(
-    tmp_path: Path, fixture: str, variables: dict[str, str], status: int, text: str
+    session: Session, fixture: str, variables: dict[str, str], status: int, text: str
 ) -> None:
-    returned, output = _session(tmp_path, TWO_TESTS.format(fixture=fixture), **variables)
+    returned, output = session(TWO_TESTS.format(fixture=fixture), **variables)
     assert (returned, text in output) == (status, True), output
 
 
-def test_required_real_data_cannot_be_deselected(tmp_path: Path) -> None:
+def test_required_real_data_cannot_be_deselected(session: Session) -> None:
     options = ("-k", "without_images")
     test_file = TWO_TESTS.format(fixture="")
-    assert _session(tmp_path, test_file, *options)[0] == 0
-    returned, output = _session(tmp_path, test_file, *options, REQUIRE_REAL_DATA="1")
+    assert session(test_file, *options)[0] == 0
+    returned, output = session(test_file, *options, REQUIRE_REAL_DATA="1")
     assert returned == 1, output
     assert "no real_data test passed" in output
 
 
-def test_what_needs_root_is_required_likewise(tmp_path: Path) -> None:
+def test_what_needs_root_is_required_likewise(session: Session) -> None:
     test_file = TWO_TESTS.format(fixture="").replace("real_data", "slurm").replace("pass", 'pytest.skip("no root")', 1)
-    returned, output = _session(tmp_path, test_file, REQUIRE_SLURM="1", REQUIRE_HOSTS="1")
+    returned, output = session(test_file, REQUIRE_SLURM="1", REQUIRE_HOSTS="1")
     assert returned == 1, output
     assert "REQUIRE_SLURM=1, and this test was skipped: Skipped: no root" in output
     assert "REQUIRE_HOSTS=1, and no hosts test passed" in output
