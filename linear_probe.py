@@ -24,13 +24,14 @@ import tyro
 from numpy.typing import NDArray
 from torch import nn
 
-from simclr import checkpoint, evaluation, files, host, report, runlog
+from simclr import evaluation, report
 from simclr.config import ProbeConfig
 from simclr.data import ImageSource
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
 from simclr.models import SimCLR
-from simclr.probe import Probe, every_image, open_probe
 from simclr.report import ProbeResult, Row, Scores, Trial
+from simclr.run import checkpoint, files, host, runlog
+from simclr.run.probe import Probe, every_image, open_probe
 
 
 @files.explain_refusals()

@@ -33,17 +33,15 @@ from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simclr import checkpoint, distributed, evaluation, files, host, launch, losses, memory, runlog
+from simclr import distributed, evaluation, losses
 from simclr.beton import Facts, load_facts
-from simclr.captured import Captured, Way, choose_way
-from simclr.checkpoint import CheckpointError, CheckpointWriter
 from simclr.command_line import parse_train_config
 from simclr.config import Derived, SpeedConfig, TrainConfig, derive, flattened, from_json, to_json
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
 from simclr.evaluation import DivergedError, Features
-from simclr.feed import ViewFeed
-from simclr.finite import Guard
-from simclr.interruption import EXIT_SAVED, Interrupted, Signals
+from simclr.fast.captured import Captured, Way, choose_way
+from simclr.fast.feed import ViewFeed
+from simclr.fast.recompute import recompute_blocks, require_independent_images
 from simclr.models import SimCLR, count_parameters, use_global_batch_norm
 from simclr.optim import (
     describe_groups,
@@ -53,9 +51,12 @@ from simclr.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from simclr.peers import START_SECONDS, LostPeerError, Peers
-from simclr.recompute import recompute_blocks, require_independent_images
-from simclr.runlog import RunLog, Status
+from simclr.run import checkpoint, files, host, launch, memory, runlog
+from simclr.run.checkpoint import CheckpointError, CheckpointWriter
+from simclr.run.finite import Guard
+from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
+from simclr.run.peers import START_SECONDS, LostPeerError, Peers
+from simclr.run.runlog import RunLog, Status
 from simclr.unit_length import unit_rows
 from simclr.views import describe, say_view_stages
 
@@ -381,7 +382,7 @@ def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same with some images at a time in the encoder: see :mod:`simclr.recompute`."""
+    """Do the same with some images at a time in the encoder: see :mod:`simclr.fast.recompute`."""
     assert run.config.speed.micro_batch_size is not None
     model, parts = run.plain_model, torch.split(views, 2 * run.config.speed.micro_batch_size)
     with run.accelerator.autocast():
@@ -645,7 +646,7 @@ def join(signals: Signals | None = None) -> PartialState:
 
 
 def statement(config: TrainConfig) -> dict[str, str]:
-    """Return all that this rank's results depend on, for :func:`simclr.launch.require_one_run`, by name."""
+    """Return all that this rank's results depend on, for :func:`simclr.run.launch.require_one_run`, by name."""
     facts, device = load_facts(config.data), PartialState().device
     settings = {key: str(value) for key, value in _flat(json.loads(to_json(config))).items()}
     # Where the images lie and who reads them may differ; what they are may not.

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import common
-from simclr import checkpoint
-from simclr.checkpoint import CheckpointWriter, save_atomically
 from simclr.models import SimCLR
 from simclr.optim import make_optimizer
 from simclr.presets import PRESETS
+from simclr.run import checkpoint
+from simclr.run.checkpoint import CheckpointWriter, save_atomically
 
 
 def main() -> None:

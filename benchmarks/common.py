@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from simclr import beton, runlog
+from simclr import beton
+from simclr.run import runlog
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -40,13 +40,13 @@ from benchmarks.step import Loss, give_back_freed_memory, masked_nt_xent, open_r
 from data_prep import shapes
 from data_prep.convert import Storage, convert
 from data_prep.image_folder import image_folder, scan
-from simclr import host
 from simclr.beton import Facts
 from simclr.config import TrainConfig, derive
 from simclr.models import SimCLR
 from simclr.optim import make_optimizer, set_learning_rate
 from simclr.presets import PRESETS
-from simclr.runlog import RunLog
+from simclr.run import host
+from simclr.run.runlog import RunLog
 from simclr.views import size_at
 
 OURS, PLAIN = "train_simclr", "a plain script"

@@ -24,11 +24,11 @@ import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import CORES, SPEC, Stream
 from benchmarks.step import open_run
-from simclr import host
 from simclr.config import SpeedConfig, TrainConfig
 from simclr.data import open_images
-from simclr.fused_views import FusedViews
+from simclr.fast.fused_views import FusedViews
 from simclr.presets import PRESETS
+from simclr.run import host
 
 BASE = {"batch size": 512, "side": 32, "images": 8192, "threads": CORES}
 AXES: dict[str, list[int]] = {

@@ -27,8 +27,8 @@ from torch import Tensor
 from benchmarks import common
 from simclr import beton
 from simclr.data import EpochPlan, ImageSource, open_images
-from simclr.fused_views import FusedViews
-from simclr.host import usable_cores
+from simclr.fast.fused_views import FusedViews
+from simclr.run.host import usable_cores
 from simclr.views import ViewSpec, two_views
 
 SPEC = ViewSpec()

@@ -83,7 +83,7 @@ def _child() -> None:
     launched = float(os.environ["LAUNCHED"])
     import train_simclr
     from simclr.command_line import parse_train_config
-    from simclr.feed import ViewFeed
+    from simclr.fast.feed import ViewFeed
 
     seconds = {"imports": time.time() - launched}
 

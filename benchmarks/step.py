@@ -29,17 +29,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
 from benchmarks import common
-from simclr import host
-from simclr.checkpoint import CheckpointWriter
 from simclr.config import SpeedConfig, TrainConfig, derive
 from simclr.data import EpochPlan, open_images
-from simclr.feed import AHEAD, Ahead, ViewFeed
-from simclr.finite import Guard
-from simclr.fused_views import FusedViews
-from simclr.interruption import Signals
+from simclr.fast.feed import AHEAD, Ahead, ViewFeed
+from simclr.fast.fused_views import FusedViews
 from simclr.models import SimCLR
-from simclr.peers import Peers
 from simclr.presets import PRESETS
+from simclr.run import host
+from simclr.run.checkpoint import CheckpointWriter
+from simclr.run.finite import Guard
+from simclr.run.interruption import Signals
+from simclr.run.peers import Peers
 
 OURS = "train_simclr"
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.convert import ConversionError, Storage, convert
-from simclr import beton, files, host
+from simclr import beton
+from simclr.run import files, host
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
 _AS_IT_IS = Storage()

@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from data_prep.convert import Chunk, ConversionError, Source
 from data_prep.read_image import resize_and_crop
-from simclr.host import usable_cores
+from simclr.run.host import usable_cores
 
 STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
 _CHUNK = 1024

@@ -38,8 +38,8 @@ from typing import IO, Annotated, Any, Literal, Required, TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simclr import files
-from simclr.files import PathLike
+from simclr.run import files
+from simclr.run.files import PathLike
 from simclr.schema import Count, Must, Size, from_values, require
 
 Encoding = Literal["raw", "jpeg"]

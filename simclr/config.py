@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from tyro.conf import OmitArgPrefixes
 
 from simclr import schema
-from simclr.captured import CompileChoice
 from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
@@ -29,6 +28,7 @@ Timeout = Annotated[float, Must(lambda value: 0 < value <= 1e9, "> 0, and at mos
 ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
 Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
 Loader = Literal["auto", "ffcv", "memory"]
+CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
 
 
 @dataclass(frozen=True)

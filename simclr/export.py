@@ -21,10 +21,10 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import checkpoint, files, host
-from simclr.checkpoint import CheckpointError, Pretrained
-from simclr.files import PathLike
 from simclr.models import Stem, make_encoder
+from simclr.run import checkpoint, files, host
+from simclr.run.checkpoint import CheckpointError, Pretrained
+from simclr.run.files import PathLike
 
 NAME = "encoder.safetensors"
 
@@ -43,7 +43,7 @@ def export_encoder(pretrained: Pretrained, path: PathLike) -> None:
     """Write the encoder's weights and buffers.
 
     Args:
-        pretrained: What :func:`simclr.checkpoint.load_pretrained` gives.
+        pretrained: What :func:`simclr.run.checkpoint.load_pretrained` gives.
         path: Where to; at every moment it is the old file or the whole new one.
 
     Raises:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from simclr import distributed
 from simclr.distributed import at_least_float32
-from simclr.tiled import Kernels, nt_xent_of_rows
 from simclr.unit_length import power_of_two, unit_rows
 
 NTXentForm = Literal["auto", "matrix", "tiled"]
+Kernels = Literal["torch", "triton"]
 KernelChoice = Literal["auto", "torch", "triton"]
 
 # On a GPU, one matrix of similarities of up to this many elements (64 MiB) costs fewer kernel launches than tiles do.
@@ -101,6 +101,8 @@ def nt_xent(
         z = torch.cat([at_least_float32(z1), at_least_float32(z2)])
         if choice.form == "matrix":
             return _nt_xent_matrix(unit_rows(z), temperature)
+        from simclr.fast.tiled import nt_xent_of_rows
+
         return nt_xent_of_rows(z, temperature, kernels=choice.kernels, bf16_matmul=bf16_matmul)
 
 

@@ -58,9 +58,8 @@ def read(path: str, arrays: str) -> None:
 
 def can_decode_jpeg() -> bool:
     # Asked of the library's symbols: FFCV itself ends the process, or fills the image with whatever there was.
-    from simclr import data
 
-    return bool(data._load_ffcv().decodes_jpeg())
+    return bool(ffcv_source.load_ffcv().decodes_jpeg())
 
 
 if __name__ == "__main__":

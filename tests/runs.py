@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simclr import checkpoint
 from simclr.config import TrainConfig
-from simclr.runlog import read_metrics
+from simclr.run import checkpoint
+from simclr.run.runlog import read_metrics
 
 
 def weights(config: TrainConfig, name: str = checkpoint.LAST) -> dict[str, Tensor]:

@@ -28,12 +28,13 @@ from torchvision import datasets
 import linear_probe
 import train_simclr
 from data_prep import __main__ as data_prep
-from simclr import beton, checkpoint, files, runlog
+from simclr import beton
 from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.models import ModelConfig
-from simclr.runlog import RunLog, read_metrics, without_secrets
+from simclr.run import checkpoint, files, runlog
+from simclr.run.runlog import RunLog, read_metrics, without_secrets
 from tests.helpers import forget_accelerate_state, small_disk
 from tests.test_data_prep import fake_cifar
 
@@ -229,8 +230,8 @@ def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -
 LOG_ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from simclr import files
-from simclr.runlog import RunLog
+from simclr.run import files
+from simclr.run.runlog import RunLog
 with files.explain_refusals(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     for step in range(99):
@@ -285,8 +286,8 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
 LOG_AND_STATUS_ON_A_FULL_DISK = """
 import sys
 from pathlib import Path
-from simclr import files
-from simclr.runlog import RunLog, Status
+from simclr.run import files
+from simclr.run.runlog import RunLog, Status
 folder = Path(sys.argv[1])
 with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=99):
     with RunLog(folder, is_main=True, total_steps=99) as log:

@@ -12,10 +12,10 @@ import torch
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr.captured import Captured, choose_way
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
+from simclr.fast.captured import Captured, choose_way
 from simclr.models import ModelConfig
-from simclr.runlog import read_metrics
+from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
 from tests.helpers import forget_accelerate_state
 

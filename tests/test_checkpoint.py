@@ -21,9 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from simclr import checkpoint
 from simclr.beton import Facts
-from simclr.checkpoint import (
+from simclr.config import OptimizerConfig, TrainConfig, to_json
+from simclr.models import ModelConfig, SimCLR
+from simclr.optim import make_optimizer
+from simclr.run import checkpoint
+from simclr.run.checkpoint import (
     SCHEMA,
     CheckpointError,
     CheckpointWriter,
@@ -34,9 +37,6 @@ from simclr.checkpoint import (
     load_safely,
     save_atomically,
 )
-from simclr.config import OptimizerConfig, TrainConfig, to_json
-from simclr.models import ModelConfig, SimCLR
-from simclr.optim import make_optimizer
 from simclr.views import ViewSpec
 
 CONFIG = TrainConfig(
@@ -165,7 +165,7 @@ KILLED_WRITERS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from simclr.checkpoint import SCHEMA, load_safely, save_atomically
+from simclr.run.checkpoint import SCHEMA, load_safely, save_atomically
 
 torch.set_num_threads(1)  # threads do not survive a fork
 path, trials = Path(sys.argv[1]), int(sys.argv[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -405,7 +406,7 @@ def _install_another_version(monkeypatch: pytest.MonkeyPatch, folder: Path) -> N
 
 
 def _be_on_macos(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(data.sys, "platform", "darwin")  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "platform", "darwin")
 
 
 @pytest.mark.parametrize(

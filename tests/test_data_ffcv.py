@@ -27,8 +27,9 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import beton, data
+from simclr import beton
 from simclr.data import Batch, EpochPlan, ImageSource, open_images
+from simclr.fast import ffcv_source
 from tests.test_data import numbered_images
 
 NUM_IMAGES = 1003
@@ -444,7 +445,7 @@ def observe_jpeg(path: Path) -> dict[str, Any]:
     beton.write(path, images, np.zeros(64, np.int64), encoding="jpeg", jpeg_quality=95)
     expected, _ = beton.read(path)
     plan = EpochPlan(np.arange(64), 16, shuffle=False)
-    result: dict[str, Any] = {"supported": data._load_ffcv().decodes_jpeg()}
+    result: dict[str, Any] = {"supported": ffcv_source.load_ffcv().decodes_jpeg()}
     if result["supported"]:  # without libjpeg-turbo, plain FFCV ends the process or returns what its buffer held
         plain = [image.numpy().copy() for image, _ in plain_loader(path)]
         result["plain"] = int(np.abs(np.concatenate(plain).astype(int) - expected).max())
@@ -460,7 +461,7 @@ def observe_jpeg(path: Path) -> dict[str, Any]:
         layout, content = beton.check(path), bytearray(path.read_bytes())
         content[layout.offsets[40] : layout.offsets[40] + 20] = bytes(20)
         path.write_bytes(content)
-        damaged = data._FFCVSource(path, beton.load_facts(path), torch.device("cpu"), "", None)
+        damaged = ffcv_source.FFCVSource(path, beton.load_facts(path), torch.device("cpu"), "", None)
         try:
             list(damaged.batches(plan))
         except RuntimeError as error:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import beton, doctor
-from simclr.host import usable_cores
+from simclr import beton
+from simclr.run import doctor
+from simclr.run.host import usable_cores
 from tests.helpers import forget_accelerate_state, small_disk
 from tests.test_launch import ROOT, environment, run
 
@@ -29,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def examined(*options: object, **variables: str) -> tuple[int, dict[str, list[str]], str]:
     """Exit status of the doctor; by check, its lines as "state found"; the whole output."""
-    command = [sys.executable, "-m", "simclr.doctor", *map(str, options)]
+    command = [sys.executable, "-m", "simclr.run.doctor", *map(str, options)]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False, timeout=120
     )
@@ -124,7 +125,7 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
 def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path: Path) -> None:
     mounted = small_disk(tmp_path, "4m") + " && mount -t tmpfs -o size=64m none /dev/shm"
     driver = "printf '#!/bin/sh\\necho NVIDIA H100, 470.1\\n' > nvidia-smi; chmod +x nvidia-smi"
-    doctor = f'"{sys.executable}" -m simclr.doctor --data "{tmp_path}/no.beton" --output "{tmp_path}/run"'
+    doctor = f'"{sys.executable}" -m simclr.run.doctor --data "{tmp_path}/no.beton" --output "{tmp_path}/run"'
     path = f'cd "{tmp_path}"; {driver}; cd "{ROOT}"; PATH="{tmp_path}:$PATH"'
     status, output = run("unshare", "-rm", "sh", "-c", f"{mounted}; {path} {doctor}")
     lines = lines_of(output)
@@ -148,11 +149,11 @@ def test_two_processes_measure_what_lies_between_them_and_tell_of_each_others_fa
     ahead = tmp_path / "ahead.py"
     ahead.write_text(
         "import runpy, time\nnow = time.time\ntime.time = lambda: now() + 5\n"
-        "runpy.run_module('simclr.doctor', run_name='__main__', alter_sys=True)\n"
+        "runpy.run_module('simclr.run.doctor', run_name='__main__', alter_sys=True)\n"
     )
     script = (
         '[ "$RANK" = 1 ] && PYTHONPATH=. exec "$1" "$2" --output /proc/none --world-size 2; '
-        'exec "$1" -m simclr.doctor --output "$0" --world-size 2'
+        'exec "$1" -m simclr.run.doctor --output "$0" --world-size 2'
     )
     cores = usable_cores()
     env = environment(OMP_NUM_THREADS=str(cores))  # for each of two processes

@@ -18,11 +18,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from simclr import beton, checkpoint, evaluation
+from simclr import beton, evaluation
 from simclr.config import ProbeConfig, TrainConfig
 from simclr.data import ImageSource, open_images
 from simclr.evaluation import Candidate, Classifier, Curve, DivergedError, Features
 from simclr.models import ModelConfig, make_encoder
+from simclr.run import checkpoint
 from simclr.views import ViewSpec, apply_view, sample_parameters
 from tests.helpers import run_distributed
 

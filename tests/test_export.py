@@ -12,11 +12,11 @@ import safetensors.torch
 import timm
 import torch
 
-from simclr import checkpoint
-from simclr.checkpoint import CheckpointError
 from simclr.config import TrainConfig, to_json
 from simclr.export import NAME, load_encoder
 from simclr.models import ModelConfig, SimCLR
+from simclr.run import checkpoint
+from simclr.run.checkpoint import CheckpointError
 from tests.test_checkpoint import FACTS
 
 ROOT = Path(__file__).resolve().parents[1]

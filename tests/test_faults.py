@@ -31,15 +31,16 @@ from torch import Tensor
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import beton, checkpoint, memory, peers, runlog
+from simclr import beton
 from simclr.beton import sidecar_path
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
-from simclr.finite import Guard
-from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
+from simclr.run import checkpoint, memory, peers, runlog
+from simclr.run.finite import Guard
+from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from tests.helpers import forget_accelerate_state
 from tests.ranks import Ranks, ranks
 from tests.runs import is_equal, lines, weights
@@ -337,7 +338,7 @@ def stop_itself() -> None:
     [
         ("simclr.evaluation", "extract_features", "measuring kNN accuracy"),
         ("simclr.evaluation", "knn_predict", "measuring kNN accuracy"),
-        ("simclr.checkpoint", "resumable_payload", "saving"),
+        ("simclr.run.checkpoint", "resumable_payload", "saving"),
     ],
 )
 def test_a_rank_that_stands_still_between_steps_is_ended_within_the_timeout_and_5_seconds(

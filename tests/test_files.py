@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr import files
+from simclr.run import files
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -30,7 +30,7 @@ from data_prep.shapes import draw
 from simclr import beton
 from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, TrainConfig
 from simclr.models import ModelConfig
-from simclr.runlog import read_metrics
+from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
 from tests.helpers import forget_accelerate_state, run_distributed, shut_down_workers
 from tests.runs import weights

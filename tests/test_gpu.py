@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.batch_norm import GlobalBatchNorm
-from simclr.checkpoint import load_resumable
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import use_global_batch_norm
+from simclr.run.checkpoint import load_resumable
 from tests.helpers import run_distributed
 from tests.test_losses import projections, value_and_gradients
 

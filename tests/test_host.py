@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import resource, numpy as np
-from simclr import host
+from simclr.run import host
 did = host.keep_freed_memory()
 def step():
     blocks = [np.ones(5 << 20) for _ in range(3)]  # 40 MiB each
@@ -46,7 +46,7 @@ def test_a_step_finds_the_memory_of_the_step_before() -> None:
     "program",  # train_simclr.py: tests/test_faults.py
     [
         "linear_probe.py",
-        *(f"-m {m}" for m in ("data_prep", "simclr.doctor", "simclr.export", "simclr.runlog")),
+        *(f"-m {m}" for m in ("data_prep", "simclr.run.doctor", "simclr.export", "simclr.run.runlog")),
     ],
 )
 def test_every_program_ends_as_it_would_when_nobody_takes_its_output(program: str) -> None:

@@ -24,7 +24,7 @@ import pytest
 
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import checkpoint, runlog
+from simclr.run import checkpoint, runlog
 from tests.test_launch import NUM_IMAGES, ROOT, SMALL_RUN, accelerate, environment, run, weights
 from tests.test_slurm import last_step, wait_until
 

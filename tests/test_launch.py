@@ -34,10 +34,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import beton, checkpoint, launch
+from simclr import beton
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
-from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.models import ModelConfig
+from simclr.run import checkpoint, launch
+from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from tests.helpers import forget_accelerate_state
 from tests.ranks import ranks
 
@@ -284,7 +285,7 @@ def test_two_machines(images: Path, one_process: Path, tmp_path: Path) -> None:
 DIES_ONCE = """
 import os, runpy, signal, time
 from pathlib import Path
-from simclr.peers import Peers
+from simclr.run.peers import Peers
 
 checkpoint, step_taken = Path(os.environ["CHECKPOINT"]), Peers.step_taken
 
@@ -321,7 +322,7 @@ def test_torchrun_starts_training_again_when_a_process_dies(images: Path, one_pr
 
 ASKS_TO_STOP = """
 import os, runpy, signal, time
-from simclr.peers import Peers
+from simclr.run.peers import Peers
 
 step_taken = Peers.step_taken
 
@@ -507,7 +508,7 @@ def test_ranks_that_open_different_images_refuse_to_begin(two_sets: TrainConfig,
 
 ALONE = """
 import runpy, sys
-from simclr import launch
+from simclr.run import launch
 launch.SECONDS_UNTIL_SAID = 0.5
 runpy.run_path("train_simclr.py", run_name="__main__")
 """

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 import linear_probe
-from simclr import beton, checkpoint, evaluation, probe
+from simclr import beton, evaluation
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.data import open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
+from simclr.run import checkpoint, probe
 
 SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
 CLASSES = ("red", "green", "blue")

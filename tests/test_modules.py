@@ -1,4 +1,4 @@
-"""The method can be read, and used, without the machinery around it: no module of it imports any of that."""
+"""The method can be read, and used, without the machinery around it: what imports what is held here."""
 
 from __future__ import annotations
 
@@ -12,31 +12,51 @@ METHOD = frozenset(
     {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "presets"}
     | {"schema", "unit_length", "views"}
 )
-MACHINERY = frozenset(
-    {"checkpoint", "command_line", "doctor", "export", "files", "finite", "host", "interruption", "launch"}
-    | {"memory", "peers", "probe", "report", "runlog"}
-)
+DOORS = {"losses": {"fast.tiled"}, "data": {"fast.ffcv_source"}}
+"""What a module of the method may import of the machinery, within the function that chooses."""
 
 
 def imported_by(source: str) -> set[str]:
-    """Modules of this package that a text imports, wherever in it."""
+    """Modules of this package that a text imports, wherever in it, without "simclr."."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("simclr.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "simclr":
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("simclr."):
-            found.add(node.module.split(".")[1])
-    return found
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("simclr.") for name in found if name.startswith("simclr.")}
+
+
+def folders(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def read(module: str) -> str:
+    return (PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("module", sorted(METHOD))
 def test_the_method_imports_no_machinery(module: str) -> None:
-    assert imported_by((PACKAGE / f"{module}.py").read_text(encoding="utf-8")) & MACHINERY == set()
+    imported = imported_by(read(module))
+    doors = DOORS.get(module, set())
+    through = {name for name in imported for door in doors if f"{name}.".startswith(f"{door}.")}
+    assert folders(imported - through) & {"fast", "run", "report", "export", "command_line"} == set()
+    at_the_top = {node for node in ast.parse(read(module)).body if isinstance(node, ast.ImportFrom)}
+    assert not any("simclr.fast" in str(node.module) for node in at_the_top)
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (PACKAGE / "fast").glob("[a-z]*.py")))
+def test_what_is_fast_imports_the_method_and_not_what_keeps_a_run_alive(module: str) -> None:
+    imported = imported_by(read(f"fast.{module}")) - {"run", "run.host", "run.host.usable_cores"}
+    assert folders(imported) & {"run", "report", "export"} == set()
 
 
 def test_every_spelling_of_an_import_is_seen() -> None:
-    for line in ("import simclr.peers", "from simclr import views, peers", "from simclr.peers import Peers"):
-        assert "peers" in imported_by(f"def f():\n    {line}\n")
-    assert {path.stem for path in PACKAGE.iterdir()} >= METHOD | MACHINERY  # none has another name by now
+    for line in (
+        "import simclr.run.peers",
+        "from simclr.run import files, peers",
+        "from simclr.run.peers import Peers",
+        "from simclr import views, run",
+    ):
+        assert "run" in folders(imported_by(f"def f():\n    {line}\n"))
+    assert {path.stem for path in PACKAGE.iterdir()} >= METHOD  # none has another name by now

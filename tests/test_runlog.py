@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from simclr import runlog
-from simclr.interruption import Interrupted
-from simclr.runlog import METRICS, RunLog, Status, environment, read_metrics, write_json
+from simclr.run import runlog
+from simclr.run.interruption import Interrupted
+from simclr.run.runlog import METRICS, RunLog, Status, environment, read_metrics, write_json
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     with opened(tmp_path, 80) as log:
         log.say("epoch 1: 50 %")
         log.advance(10, loss="0.7")  # too soon for a line
-        monkeypatch.setattr("simclr.runlog.SECONDS_BETWEEN_LINES", 0)
+        monkeypatch.setattr("simclr.run.runlog.SECONDS_BETWEEN_LINES", 0)
         log.advance(5, loss="0.6")
         monkeypatch.undo()
         log.advance(5, loss="0.5")  # the end always has one
@@ -271,7 +271,7 @@ def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) 
     (tmp_path / runlog.STATUS).write_text(killed)  # as the process would have left it, had it been killed
     assert runlog.read_status(tmp_path) == told | {"state": runlog.DIED}
     root = Path(__file__).parent.parent
-    words = [sys.executable, "-m", "simclr.runlog", str(tmp_path)]
+    words = [sys.executable, "-m", "simclr.run.runlog", str(tmp_path)]
     shown = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
     assert json.loads(shown) == told | {"state": runlog.DIED}
     for damage in ("", "{}", "[]"):
@@ -325,7 +325,7 @@ def test_other_ranks_write_no_status_and_hold_no_lock(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from simclr import runlog
+from simclr.run import runlog
 with runlog.locked(Path(sys.argv[1]), is_main=True):
     print("locked", flush=True)
     time.sleep(60)

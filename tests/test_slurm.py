@@ -25,7 +25,7 @@ import torch
 
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
-from simclr import runlog
+from simclr.run import runlog
 from tests.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"

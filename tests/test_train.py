@@ -19,13 +19,14 @@ from torch import Tensor
 import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import CLASSES, draw, shapes
-from simclr import beton, checkpoint, evaluation
+from simclr import beton, evaluation
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan, open_images, validation_split
 from simclr.evaluation import DivergedError
 from simclr.models import ModelConfig, SimCLR
 from simclr.optim import learning_rate_at
-from simclr.runlog import read_metrics
+from simclr.run import checkpoint
+from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec, two_views
 from tests.helpers import RankError, forget_accelerate_state, run_distributed
 from tests.runs import is_equal, lines, weights

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import train_simclr
-from simclr import checkpoint
-from simclr.runlog import read_metrics
+from simclr.run import checkpoint
+from simclr.run.runlog import read_metrics
 
 ROOT = Path(train_simclr.__file__).parent
 CPU = ("--config_file", "accelerate_configs/cpu.yaml")

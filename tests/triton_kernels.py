@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simclr.fast.tiled import TorchTiles, nt_xent_of_rows
+from simclr.fast.triton_tiles import TritonTiles
 from simclr.losses import nt_xent
-from simclr.tiled import TorchTiles, nt_xent_of_rows
-from simclr.triton_tiles import TritonTiles
 from tests.helpers import run_distributed, shut_down_workers
 from tests.test_losses import nt_xent_by_the_paper, projections, value_and_gradients
 

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.common import write_noise
 from simclr.data import EpochPlan, open_images
-from simclr.feed import ViewFeed
-from simclr.triton_views import TOLERANCE, TritonViews, parameter_table
+from simclr.fast.feed import ViewFeed
+from simclr.fast.triton_views import TOLERANCE, TritonViews, parameter_table
 from simclr.views import ViewSpec, two_views
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

@@ -19,8 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import common
-from simclr import runlog
 from simclr.presets import PRESETS
+from simclr.run import runlog
 
 UNFINISHED = 75  # as train_simclr.py ends when it was asked to stop
 THRESHOLDS = (75.0, 80.0, 85.0, 90.0)

@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few tests only")
     options = parser.parse_args()
     doctor = subprocess.run(
-        [sys.executable, "-m", "simclr.doctor", "--data", str(options.data)], cwd=common.ROOT, check=False
+        [sys.executable, "-m", "simclr.run.doctor", "--data", str(options.data)], cwd=common.ROOT, check=False
     ).returncode
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")

@@ -29,10 +29,10 @@ from benchmarks import common
 from benchmarks.pipeline import Decoded, torchvision_transform
 from benchmarks.step import masked_nt_xent, matrix_product_rate, open_run, plain_step, step_flops
 from simclr.config import SpeedConfig, TrainConfig
-from simclr.host import usable_cores
 from simclr.losses import nt_xent
 from simclr.models import SimCLR
 from simclr.presets import PRESETS
+from simclr.run.host import usable_cores
 
 
 class Variant(NamedTuple):

@@ -17,12 +17,12 @@ import jinja2
 import numpy as np
 
 from simclr.beton import Facts
-from simclr.checkpoint import CLASSIFIER
 from simclr.config import ProbeConfig
 from simclr.evaluation import Candidate
 from simclr.report.figures import draw_all, view_pairs
 from simclr.report.results import ProbeResult, Row, Scores, Trial, ViewPairs, to_plain
-from simclr.runlog import write_json
+from simclr.run.checkpoint import CLASSIFIER
+from simclr.run.runlog import write_json
 from simclr.views import describe, say_view_stages
 
 __all__ = ["ProbeResult", "Row", "Scores", "Trial", "ViewPairs", "at_edge", "summary", "view_pairs", "write_report"]

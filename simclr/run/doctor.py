@@ -1,7 +1,7 @@
 """Checks a machine before a long run: one line per check, with what was found and what to do about it.
 
-    python -m simclr.doctor --data data/cifar10/train.beton --output results
-    torchrun --nproc-per-node 2 -m simclr.doctor --data data/cifar10/train.beton --world-size 2
+    python -m simclr.run.doctor --data data/cifar10/train.beton --output results
+    torchrun --nproc-per-node 2 -m simclr.run.doctor --data data/cifar10/train.beton --world-size 2
 
 Under a launcher the processes also find each other and measure what lies between them: start it as the run is to be
 started. Ends with status 1 if there is a problem on any process.
@@ -31,11 +31,12 @@ import torch
 import tyro
 from accelerate import PartialState
 
-from simclr import beton, checkpoint, distributed, launch, runlog
+from simclr import beton, distributed
 from simclr.data import EpochPlan, open_images
-from simclr.host import outlive_readers, usable_cores
 from simclr.models import SimCLR
 from simclr.presets import DEFAULT, PRESETS
+from simclr.run import checkpoint, launch, runlog
+from simclr.run.host import outlive_readers, usable_cores
 
 WORLD, LOCAL = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))  # of the launcher
 ON_CPU = launch.cpu_is_asked_for()
@@ -269,4 +270,4 @@ def main(options: Options) -> int:
 
 if __name__ == "__main__":
     outlive_readers()
-    sys.exit(main(tyro.cli(Options, prog="python -m simclr.doctor", description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m simclr.run.doctor", description=__doc__)))

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import beton, host, launch, report, runlog
+from simclr import beton, report
 from simclr.beton import Facts
-from simclr.checkpoint import Pretrained, load_pretrained, require_safe_loading
 from simclr.config import ProbeConfig, default_num_validation
 from simclr.data import ImageSource, open_images, validation_split
 from simclr.evaluation import Candidate
+from simclr.run import host, launch, runlog
+from simclr.run.checkpoint import Pretrained, load_pretrained, require_safe_loading
 
 LARGEST_PIXEL_FEATURES = 4 << 30
 """In bytes; beyond this the raw-pixel baseline is left out, and that is said."""

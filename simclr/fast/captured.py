@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
+from simclr.config import CompileChoice
 
 WARM_UP = 3  # calls that are made plainly first: what is compiled, chosen or allocated once is there by then
 
@@ -50,7 +50,7 @@ def choose_way(
         world_size: Processes.
         has_scaler: Whether fp16's gradient scaler decides on the host about each step.
         saves_memory: Whether parts of the forward pass are computed twice.
-        views: Who makes them: see :class:`simclr.feed.ViewFeed`.
+        views: Who makes them: see :class:`simclr.fast.feed.ViewFeed`.
         longest_stage: Source images with views of one size, at most.
 
     Raises:

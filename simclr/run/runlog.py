@@ -4,7 +4,7 @@ manifest.json    what the results depend on, and the sessions that made them
 metrics.jsonl    one JSON line per measurement
 status.json      whether the run goes on, is finished, was interrupted or has failed
 
-python -m simclr.runlog results/RUN    # prints status.json; the state of a run that was killed is "died"
+python -m simclr.run.runlog results/RUN    # prints status.json; the state of a run that was killed is "died"
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from simclr import files
-from simclr.host import outlive_readers, usable_cores
-from simclr.interruption import Interrupted
+from simclr.run import files
+from simclr.run.host import outlive_readers, usable_cores
+from simclr.run.interruption import Interrupted
 
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
@@ -358,7 +358,7 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
 
 
 def _lock_alone(file: IO[str]) -> bool:
-    """Do as :func:`simclr.files.lock` does, and try again while :func:`read_status` of another process looks."""
+    """Do as :func:`simclr.run.files.lock` does, and try again while :func:`read_status` of another process looks."""
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
             return files.lock(file)
@@ -492,6 +492,8 @@ def _cpu_info(field: str) -> str:
 if __name__ == "__main__":
     outlive_readers()
     try:
-        print(json.dumps(read_status(tyro.cli(Path, prog="python -m simclr.runlog", description=__doc__)), indent=2))
+        print(
+            json.dumps(read_status(tyro.cli(Path, prog="python -m simclr.run.runlog", description=__doc__)), indent=2)
+        )
     except ValueError as error:
-        sys.exit(f"simclr.runlog: {error}")
+        sys.exit(f"simclr.run.runlog: {error}")

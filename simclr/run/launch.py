@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from simclr.interruption import EXIT_SAVED, SIGNALS, Signals
+from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 
 SECONDS_UNTIL_SAID = 10.0
 """How long a process waits for the others before it says so."""
@@ -186,7 +186,7 @@ def _from_environment(name: str, default: int) -> int:
 def fingerprint_of_code(entry: Path) -> str:
     """Return a checksum of this package's source and of the program that uses it, 12 hexadecimal digits."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for path in [*sorted(package.rglob("*.py")), entry]:
         digest.update(f"{path.name} ".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from simclr.data import Batch, EpochPlan, ImageSource
-from simclr.host import usable_cores
+from simclr.run.host import usable_cores
 from simclr.views import ViewSpec, size_at, two_views
 
 if TYPE_CHECKING:
-    from simclr import fused_views, triton_views
+    from simclr.fast import fused_views, triton_views
 
 ViewsMethod = Literal["fused", "triton", "torch"]
 ViewsChoice = Literal["auto", "fused", "triton", "torch"]
@@ -41,9 +41,9 @@ class ViewFeed:
         view_2: Settings of the second view.
         seed: Seed of the run.
         view_stages: As :func:`simclr.views.size_at` takes them.
-        choice: fused: :mod:`simclr.fused_views`, on the CPU. triton: :mod:`simclr.triton_views`, on a GPU. torch:
-            :mod:`simclr.views`, on ``device``. auto: the first that can be had and computes on ``device``; torch if
-            ``dtype`` is float64. They differ by rounding.
+        choice: fused: :mod:`simclr.fast.fused_views`, on the CPU. triton: :mod:`simclr.fast.triton_views`, on a GPU.
+            torch: :mod:`simclr.views`, on ``device``. auto: the first that can be had and computes on ``device``; torch
+            if ``dtype`` is float64. They differ by rounding.
         device: Where the step runs.
         dtype: Of the views, as the network takes them.
 
@@ -90,7 +90,7 @@ class ViewFeed:
         mean, std = source.facts.normalisation
         sizes = {*(side for side, _ in view_stages), source.facts.height}
         if self.method == "fused":
-            from simclr import fused_views  # needs numba
+            from simclr.fast import fused_views  # needs numba
 
             threads = 1 if self.in_background else torch.get_num_threads()
             for size in sizes:
@@ -105,7 +105,7 @@ class ViewFeed:
                 )
             how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
         elif self.method == "triton":
-            from simclr import triton_views
+            from simclr.fast import triton_views
 
             for size in sizes:
                 self._triton[size] = triton_views.TritonViews(*self.specs, size=size, mean=mean, std=std, dtype=dtype)
@@ -228,7 +228,7 @@ class _Tables:
         self._drawn = {epoch + 1: self._draw(epoch + 1)}
 
     def _draw(self, epoch: int) -> concurrent.futures.Future[Tensor]:
-        from simclr.triton_views import parameter_table
+        from simclr.fast.triton_views import parameter_table
 
         facts, on_gpu = self._feed.source.facts, self._feed.device.type == "cuda"
 
@@ -267,7 +267,7 @@ def _obstacle(method: ViewsMethod, device: torch.device, dtype: torch.dtype) -> 
 
 def _triton_obstacle(device: torch.device) -> str | None:
     try:
-        from simclr.triton_views import IS_INTERPRETED
+        from simclr.fast.triton_views import IS_INTERPRETED
     except ImportError as error:
         return f"Triton does not import ({error})"
     if device.type != "cuda" and not IS_INTERPRETED:

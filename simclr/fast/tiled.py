@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,8 @@ from simclr import distributed
 from simclr.unit_length import scaled_rows
 
 if TYPE_CHECKING:
-    from simclr.triton_tiles import TritonTiles
-
-Kernels = Literal["torch", "triton"]
+    from simclr.fast.triton_tiles import TritonTiles
+    from simclr.losses import Kernels
 
 # Rows and columns of a tile. On CPUs a float32 tile of 512 x 512, 1 MiB, stays in a core's L2 cache (256 to 1,024 were
 # within 10 % of each other); on GPUs larger ones keep the multiprocessors busy (not measured).
@@ -106,7 +105,7 @@ def _blocks(gathered: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _tiles(kernels: Kernels, scale: float, bf16: bool) -> TorchTiles | TritonTiles:
     if kernels == "torch":
         return TorchTiles(scale, bf16)
-    from simclr.triton_tiles import TritonTiles
+    from simclr.fast.triton_tiles import TritonTiles
 
     return TritonTiles(scale, bf16)
 

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_size
-from simclr.interruption import Signals
+from simclr.run.interruption import Signals
 
 START_SECONDS = 600.0
 """How long ranks wait for each other, and for themselves, where nothing tells whether work goes on: reading data for
