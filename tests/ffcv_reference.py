@@ -58,6 +58,7 @@ def read(path: str, arrays: str) -> None:
 
 def can_decode_jpeg() -> bool:
     # Asked of the library's symbols: FFCV itself ends the process, or fills the image with whatever there was.
+    from simclr.fast import ffcv_source
 
     return bool(ffcv_source.load_ffcv().decodes_jpeg())
 
