@@ -46,7 +46,6 @@ from simclr.models import SimCLR
 from simclr.optim import make_optimizer, set_learning_rate
 from simclr.presets import PRESETS
 from simclr.run import host
-from simclr.run.runlog import RunLog
 from simclr.views import size_at
 
 OURS, PLAIN = "train_simclr", "a plain script"
@@ -192,10 +191,7 @@ class Ours:
     """This project's run on ``config.data``, an epoch at a time."""
 
     def __init__(self, stack: contextlib.ExitStack, config: TrainConfig) -> None:
-        config.folder.mkdir()
         self.run = open_run(stack, config)
-        total = self.run.derived.total_steps
-        self._log = stack.enter_context(RunLog(config.folder, is_main=True, total_steps=total))
 
     def epoch(self) -> float:
         """Train; return the seconds."""
@@ -203,7 +199,7 @@ class Ours:
         stop = self.run.progress.step + self.run.derived.steps_per_epoch
         config = dataclasses.replace(self.run.config, stop_at_step=stop)
         started = time.perf_counter()
-        train_simclr.train(dataclasses.replace(self.run, config=config), self._log)
+        train_simclr.train(dataclasses.replace(self.run, config=config))
         common.wait_for_gpu()
         return time.perf_counter() - started
 
@@ -252,7 +248,7 @@ class Plain:
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
             batches = iter(self._loader)
         for views, _ in batches:
-            set_learning_rate(self._optimizer, train_simclr.learning_rate(config, derived, self._step))
+            set_learning_rate(self._optimizer, derived.learning_rate(self._step))
             view_1, view_2 = (view.to(self._device, non_blocking=True) for view in views)
             plain_step(self.model, self._optimizer, self._loss, view_1, view_2)
             self._step += 1

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,16 +28,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
 from benchmarks import common
-from simclr.config import SpeedConfig, TrainConfig, derive
-from simclr.data import EpochPlan, open_images
+from simclr.config import SpeedConfig, TrainConfig
 from simclr.fast.feed import AHEAD, Ahead, ViewFeed
 from simclr.fast.fused_views import FusedViews
 from simclr.models import SimCLR
 from simclr.presets import PRESETS
-from simclr.run import host
-from simclr.run.checkpoint import CheckpointWriter
-from simclr.run.finite import Guard
+from simclr.run import host, opening
+from simclr.run.devices import forward_dtype
 from simclr.run.interruption import Signals
+from simclr.run.opening import Run
 from simclr.run.peers import Peers
 
 OURS = "train_simclr"
@@ -92,47 +90,20 @@ def main() -> None:
         common.write_result(options.output, result)
 
 
-def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: bool = True) -> train_simclr.Run:
+def open_run(stack: contextlib.ExitStack, config: TrainConfig, *, on_device: bool = True) -> Run:
     """Return this project's run, ready for its first step.
 
     Args:
         stack: Closes what the run holds.
-        config: The run; its data and its output folder must exist.
+        config: The run; its data must exist.
         on_device: Whether the images lie where the step runs, or are sent there from the host.
     """
-    accelerator, precision = train_simclr.start_devices(config)
-    print(f"precision of {OURS}: {precision}")
-    device = accelerator.device
-    source = stack.enter_context(
-        open_images(config.data, backend=config.speed.loader, device=device if on_device else torch.device("cpu"))
-    )
-    derived = derive(config, source.facts.num_images, 1)
-    host.keep_freed_memory()
-    dtype = train_simclr.forward_dtype(accelerator, config)
-    specs, stages = (config.view_1, config.view_2), config.view_stages
-    feed = stack.enter_context(
-        ViewFeed(source, *specs, seed=config.seed, view_stages=stages, device=device, dtype=dtype)
-    )
-    way = train_simclr.way_of_steps(config, derived, accelerator, feed)
-    plain, model, optimizer = train_simclr.prepare_model(config, derived, source.facts.height, accelerator, way)
-    model.train()
-    plan = EpochPlan(np.arange(source.facts.num_images), config.global_batch_size, seed=config.seed)
-    return train_simclr.Run(
-        config=config,
-        derived=derived,
-        source=source,
-        plan=plan,
-        feed=feed,
-        accelerator=accelerator,
-        model=model,
-        plain_model=plain,
-        optimizer=optimizer,
-        guard=Guard(plain, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
-        way=way,
-        progress=train_simclr.Progress(step=1),
-        writer=stack.enter_context(CheckpointWriter(config.folder, keep=1, last_step=None)),
-        peers=stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals())),
-    )
+    peers = stack.enter_context(Peers(timeout_seconds=config.timeout_seconds, signals=Signals()))
+    config = dataclasses.replace(config, output=config.folder / "run")
+    images_on = None if on_device else torch.device("cpu")
+    run = stack.enter_context(opening.open_run(config, peers, train_simclr.update, images_on))
+    run.model.train()
+    return run
 
 
 def prepare(
@@ -141,7 +112,7 @@ def prepare(
     """Return one step of each loop, and which is this project's."""
     run = open_run(stack, config)
     source, plan, feed = run.source, run.plan, run.feed
-    dtype = train_simclr.forward_dtype(run.accelerator, config)
+    dtype = forward_dtype(run.accelerator, config)
     views = next(iter(feed.batches(plan)))
     feed.close()
     if with_views:

@@ -19,6 +19,7 @@ from simclr import schema
 from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig
+from simclr.optim import learning_rate_at
 from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
 from simclr.schema import to_json as to_json
 from simclr.views import ViewSpec
@@ -259,6 +260,12 @@ class Derived:
     warmup_steps: int
     peak_learning_rate: float
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0: see :func:`simclr.optim.learning_rate_at`."""
+        return learning_rate_at(
+            step, peak=self.peak_learning_rate, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )
+
     def equations(self, config: TrainConfig) -> list[str]:
         """Return each number with the way it came about, for people."""
         batch, optimizer, left_out = config.global_batch_size, config.optimizer, self.left_out_per_epoch
@@ -447,3 +454,11 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def settings_of(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return a configuration as one dict with dotted keys, and values that any tracker takes."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in flattened(json.loads(to_json(config))).items()
+    }

@@ -27,6 +27,7 @@ from simclr.unit_length import unit_rows
 from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
 
 if TYPE_CHECKING:
+    from simclr.beton import Facts
     from simclr.data import Batch, ImageSource
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -34,6 +35,11 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 # Bound what is held at a time, in elements: kNN's similarities (64 MiB in float32), the candidates' logits (16 MiB).
 _SIMILARITIES_AT_ONCE = 1 << 24
 _LOGITS_AT_ONCE = 1 << 22
+
+
+def can_measure_knn(facts: Facts, num_validation: int | None) -> bool:
+    """Whether there are labels of several classes, and validation images, for kNN."""
+    return bool(num_validation) and facts.is_labelled and facts.num_classes > 1
 
 
 class DivergedError(ValueError):

@@ -38,9 +38,10 @@ from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
-from simclr.run import checkpoint, memory, peers, runlog
+from simclr.run import checkpoint, devices, memory, opening, peers, runlog
 from simclr.run.finite import Guard
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
+from simclr.run.resuming import Progress
 from tests.helpers import forget_accelerate_state
 from tests.ranks import Ranks, ranks
 from tests.runs import is_equal, lines, weights
@@ -237,13 +238,13 @@ def test_a_signal_before_the_first_step_is_not_lost(images: Path, tmp_path: Path
 
 def ask_at_once(rank: int) -> None:
     """SIGUSR1 while the process is still starting."""
-    start = train_simclr.start_devices
+    start = devices.start_devices
 
     def asked(config: TrainConfig) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
         return start(config)
 
-    replace(train_simclr, "start_devices", asked)
+    replace(opening, "start_devices", asked)
 
 
 # ------------------------------------------------------------------------------------------ lost and standing still
@@ -460,7 +461,7 @@ def test_ranks_that_found_different_checkpoints_refuse_to_train(images: Path, tm
 def own_folder(rank: int) -> None:
     """Rank 1 sees no checkpoint, as on a machine with a disk of its own."""
     if rank == 1:
-        replace(train_simclr, "resume", lambda *arguments: train_simclr.Progress())
+        replace(opening, "resume", lambda *arguments: Progress())
 
 
 # ------------------------------------------------------------------------------------------ the data file

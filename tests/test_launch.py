@@ -37,12 +37,14 @@ from data_prep.shapes import shapes
 from simclr import beton
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
-from simclr.run import checkpoint, launch
+from simclr.run import checkpoint, devices, launch
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
+from simclr.run.opening import statement
 from tests.helpers import forget_accelerate_state
 from tests.ranks import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+ENTRY = ROOT / "train_simclr.py"
 CONFIGS = ROOT / "accelerate_configs"
 JOBS = ROOT / "slurm"
 NUM_IMAGES = 64
@@ -393,14 +395,14 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
             return {name}
         return {leaf for key, entry in value.items() for leaf in leaves(entry, f"{name}.{key}" if name else key)}
 
-    said = train_simclr.statement(config)
+    said = statement(config, ENTRY)
     assert set(said) >= leaves(dataclasses.asdict(config)) - {"data", "speed.loader"}
     moved = tmp_path / "moved.beton"
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
-    assert train_simclr.statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory"))) == said
+    assert statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory")), ENTRY) == said
     for other in (other_images(tmp_path, NUM_IMAGES), other_images(tmp_path, NUM_IMAGES + 1, seed=0)):
-        there = train_simclr.statement(dataclasses.replace(config, data=other))
+        there = statement(dataclasses.replace(config, data=other), ENTRY)
         assert {name for name in said if said[name] != there[name]} == {"the data"}
 
 
@@ -494,7 +496,7 @@ def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
 def opens_other_images(rank: int) -> None:
     """As where the file is replaced after the ranks have compared what they are about to read."""
     is_another_run("images", rank)
-    train_simclr.statement = lambda config: {}
+    setattr(train_simclr, "statement", lambda config, program: {})  # noqa: B010
 
 
 @pytest.mark.distributed
@@ -549,14 +551,14 @@ def test_incomplete_variables_of_a_launcher_are_refused(
             monkeypatch.delenv(name)
     forget_accelerate_state()
     with pytest.raises(ValueError, match=message):
-        train_simclr.join()
+        devices.join()
     forget_accelerate_state()
 
 
 def test_a_launcher_that_accelerate_does_not_understand_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE in the environment is 2, but this process would train alone"):
-        train_simclr.require_world_size(TrainConfig(), 1)
+        devices.require_world_size(TrainConfig(), 1)
 
 
 @pytest.mark.parametrize(
@@ -607,16 +609,16 @@ def test_accelerates_mixed_precision_is_taken_or_refused(monkeypatch: pytest.Mon
     choices: tuple[Literal["auto", "bf16"], ...] = ("auto", "bf16")
     for chosen in choices:
         config = TrainConfig(precision=chosen)
-        assert train_simclr.choose_precision(config, cpu) == ("bf16", "accelerate's mixed precision")
+        assert devices.choose_precision(config, cpu) == ("bf16", "accelerate's mixed precision")
     with pytest.raises(ValueError, match=r"told mixed precision bf16.*but precision is fp32; leave one of the two out"):
-        train_simclr.choose_precision(TrainConfig(precision="fp32"), cuda)
+        devices.choose_precision(TrainConfig(precision="fp32"), cuda)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert train_simclr.choose_precision(TrainConfig(), cuda)[0] == "fp16"
+    assert devices.choose_precision(TrainConfig(), cuda)[0] == "fp16"
     with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
-        train_simclr.choose_precision(TrainConfig(), cpu)
+        devices.choose_precision(TrainConfig(), cpu)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(ValueError, match="mixed precision fp8; here it is no, bf16 or fp16"):
-        train_simclr.choose_precision(TrainConfig(), cuda)
+        devices.choose_precision(TrainConfig(), cuda)
 
 
 def test_the_launchers_report_ends_with_what_was_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from simclr.evaluation import DivergedError
 from simclr.models import ModelConfig, SimCLR
 from simclr.optim import learning_rate_at
 from simclr.run import checkpoint
+from simclr.run.devices import require_world_size
+from simclr.run.meter import collapse_measures
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec, two_views
 from tests.helpers import RankError, forget_accelerate_state, run_distributed
@@ -489,9 +491,9 @@ def test_collapse_measures() -> None:
     torch.manual_seed(0)
     everywhere = torch.randn(4000, 16)
     one_point = torch.ones(4000, 16)
-    similarity, spread = train_simclr.collapse_measures(everywhere, everywhere).tolist()
+    similarity, spread = collapse_measures(everywhere, everywhere).tolist()
     assert (similarity, spread) == (pytest.approx(1), pytest.approx(1, abs=0.02))
-    similarity, spread = train_simclr.collapse_measures(one_point, -one_point).tolist()
+    similarity, spread = collapse_measures(one_point, -one_point).tolist()
     assert (similarity, spread) == (pytest.approx(-1), pytest.approx(0, abs=1e-6))
 
 
@@ -659,9 +661,9 @@ def test_copies_that_srun_started_side_by_side_are_noticed(
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match="srun started 4 tasks, but this process belongs to a group of 1"):
-        train_simclr.require_world_size(settings(images, tmp_path), 1)
-    train_simclr.require_world_size(settings(images, tmp_path), 4)
-    train_simclr.require_world_size(settings(images, tmp_path), 8)  # a launcher for each task
+        require_world_size(settings(images, tmp_path), 1)
+    require_world_size(settings(images, tmp_path), 4)
+    require_world_size(settings(images, tmp_path), 8)  # a launcher for each task
 
 
 # ------------------------------------------------------------------------------------------ command line

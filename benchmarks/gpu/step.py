@@ -33,6 +33,7 @@ from simclr.losses import nt_xent
 from simclr.models import SimCLR
 from simclr.presets import PRESETS
 from simclr.run.host import usable_cores
+from simclr.run.opening import Run
 
 
 class Variant(NamedTuple):
@@ -147,7 +148,7 @@ def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def step_in_parts(run: train_simclr.Run, views: Iterator[Tensor]) -> dict[str, float]:
+def step_in_parts(run: Run, views: Iterator[Tensor]) -> dict[str, float]:
     """Take a step as train_simclr takes it, and return the seconds of its parts."""
     seconds: dict[str, float] = {}
 

@@ -1,0 +1,120 @@
+"""What a run says and writes down about itself before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+from accelerate import Accelerator
+
+from simclr import losses
+from simclr.config import Derived, TrainConfig, to_json
+from simclr.data import ImageSource
+from simclr.evaluation import can_measure_knn
+from simclr.fast.captured import Way
+from simclr.fast.feed import ViewFeed
+from simclr.models import SimCLR, count_parameters
+from simclr.optim import describe_groups, parameter_groups
+from simclr.run import checkpoint, runlog
+from simclr.run.devices import parameter_dtype
+from simclr.run.resuming import Progress
+from simclr.views import describe, say_view_stages
+
+
+def say_start(
+    config: TrainConfig,
+    derived: Derived,
+    source: ImageSource,
+    feed: ViewFeed,
+    way: Way,
+    accelerator: Accelerator,
+    precision: str,
+    model: SimCLR,
+    progress: Progress,
+) -> None:
+    """Print what is going to be done, with every derived number as an equation."""
+    facts = source.facts
+    processes = f"{derived.world_size} process{'es' if derived.world_size > 1 else ''}"
+    threads = f", {torch.get_num_threads()} CPU threads each" if accelerator.device.type == "cpu" else ""
+    print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
+    print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
+    print(f"loader:     {source.backend} ({source.reason})")
+    print(f"views:      {feed.method} ({feed.reason})")
+    print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
+    print(f"precision:  {precision}")
+    compiled = "compiled for fixed shapes, for which the first step waits" if way.is_compiled else "not compiled"
+    print(f"step:       {'one CUDA graph' if way.is_captured else 'launch by launch'}, {compiled} ({way.reason})")
+    if config.speed.recompute:
+        print("recompute:  the encoder's blocks, again in the backward pass")
+    norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
+    print(f"batch norm: {norm}; {'each view by itself' if config.batch_norm_per_view else 'both views together'}")
+    print(f"loss:       {config.loss.name}: {describe_loss(config, derived, accelerator.device)}")
+    for i, line in enumerate(derived.equations(config)):
+        print(f"{'' if i else 'derived:':<12}{line}")
+    encoder, projector = count_parameters(model.encoder), count_parameters(model.projector)
+    print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
+    for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
+        print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
+    print(f"view side:  {say_view_stages(config.view_stages, facts.height)}")
+    print(f"view 1:     {describe(config.view_1)}")
+    print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
+    if not can_measure_knn(facts, config.num_validation):
+        unlabelled = "all images are of one class" if facts.is_labelled else "the images have no labels"
+        why = unlabelled if config.num_validation else "num_validation is 0"
+        print(f"kNN:        not measured, since {why}; {checkpoint.BEST} will be the last epoch")
+    if progress.step:
+        print(f"resuming:   after step {progress.step} of {derived.total_steps}")
+    if config.stop_at_step is not None and derived.total_steps > progress.step >= config.stop_at_step:
+        print(f"nothing to do: the run is already past stop_at_step {config.stop_at_step}")
+    if progress.step == derived.total_steps:
+        print(f"finished:   nothing is left to do; a new run needs another --output than {config.folder}")
+    sys.stdout.flush()
+
+
+def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -> str:
+    """Return in which form the loss is computed, and why."""
+    loss = config.loss
+    if loss.name == "barlow_twins":
+        return "the correlation of the whole batch, summed over devices"
+    choice = losses.choose_nt_xent(
+        derived.per_device_batch_size,
+        device,
+        parameter_dtype(config),
+        form=config.speed.nt_xent_form,
+        kernels=config.speed.kernels,
+        bf16_matmul=loss.bf16_matmul,
+    )
+    return f"{choice.form} ({choice.reason}){f', {choice.kernels} kernels' if choice.form == 'tiled' else ''}"
+
+
+def write_manifest(
+    config: TrainConfig,
+    derived: Derived,
+    source: ImageSource,
+    feed: ViewFeed,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> None:
+    """Write manifest.json: what the result depends on, and the sessions that made it."""
+    path = config.folder / runlog.MANIFEST
+    session = {
+        "environment": runlog.environment(),
+        "from_step": progress.step,
+        "derived": dataclasses.asdict(derived),
+        "device": str(accelerator.device.type),
+        "mixed_precision": accelerator.mixed_precision,
+        "loader": f"{source.backend}: {source.reason}",
+        "views": f"{feed.method}: {feed.reason}",
+    }
+    before = runlog.read_manifest(config.folder) if progress.step else None
+    runlog.write_json(
+        path,
+        {
+            **session,
+            "config": json.loads(to_json(config)),
+            "facts": json.loads(to_json(source.facts)),
+            "sessions": [*(before or {}).get("sessions", []), session],
+        },
+    )

@@ -1,0 +1,288 @@
+"""Opening a run: devices, images, model, and what an earlier session of it left, until the next step can be taken."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+
+from simclr.beton import Facts, load_facts
+from simclr.config import Derived, TrainConfig, derive, settings_of
+from simclr.data import EpochPlan, ImageSource, open_images, validation_split
+from simclr.evaluation import DivergedError
+from simclr.fast.captured import Captured, Way, choose_way
+from simclr.fast.feed import ViewFeed
+from simclr.fast.recompute import recompute_blocks, require_independent_images
+from simclr.models import SimCLR, use_global_batch_norm
+from simclr.optim import make_optimizer
+from simclr.run import checkpoint, host, launch, runlog
+from simclr.run.announcing import say_start, write_manifest
+from simclr.run.checkpoint import CheckpointError, CheckpointWriter
+from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices
+from simclr.run.finite import Guard
+from simclr.run.peers import Peers
+from simclr.run.resuming import Progress, resume
+from simclr.run.runlog import RunLog, Status
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What the training loop works on."""
+
+    config: TrainConfig
+    derived: Derived
+    source: ImageSource
+    plan: EpochPlan
+    """Which images this rank reads at each step."""
+    feed: ViewFeed
+    """Makes their views."""
+    accelerator: Accelerator
+    model: nn.Module
+    """As accelerate prepared it: autocast, and DDP where there are several processes."""
+    plain_model: SimCLR
+    """The same weights without those wrappers."""
+    optimizer: Any
+    update: Callable[[Run, Tensor], tuple[Tensor, ...]]
+    """Takes a step on these views: loss, norms of the gradients, projections."""
+    guard: Guard
+    """Takes optimizer steps."""
+    way: Way
+    """How steps are computed."""
+    progress: Progress
+    writer: CheckpointWriter
+    peers: Peers
+    log: RunLog
+
+    @functools.cached_property
+    def captured(self) -> Captured | None:
+        """The step as one CUDA graph, views included, if that is how it is computed."""
+        if not self.way.is_captured:
+            return None
+        return Captured(
+            lambda *recipe: self.update(self, self.feed.make(*recipe)),
+            lambda error: print(f"step:       launch by launch, since it cannot be captured: {error}", flush=True),
+        )
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self.progress.step // self.derived.steps_per_epoch
+
+
+@contextlib.contextmanager
+def open_run(
+    config: TrainConfig,
+    peers: Peers,
+    update: Callable[[Run, Tensor], tuple[Tensor, ...]],
+    images_on: torch.device | None = None,
+) -> Iterator[Run]:
+    """Open a run, new or to be continued, ready for its next step; while it is open, its folder is locked.
+
+    Args:
+        config: The run.
+        peers: The other processes of it.
+        update: Takes a step on views: see :attr:`Run.update`.
+        images_on: Where images that are kept in memory lie; by default where the step runs.
+
+    Raises:
+        ValueError: If configuration, data, devices and an earlier run in the folder do not fit together.
+        DivergedError: What is raised while it is open, with the way out.
+    """
+    runlog.require_run_or_empty(config.folder)
+    config = config.for_images(load_facts(config.data).num_images)
+    accelerator, precision_reason = start_devices(config)
+    is_main = accelerator.is_main_process
+    kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
+    with open_images(config.data, backend=config.speed.loader, device=images_on or accelerator.device) as source:
+        size = image_size(source.facts, config.data)
+        derived = derive(config, source.facts.num_images, accelerator.num_processes)
+
+        feed = ViewFeed(
+            source,
+            config.view_1,
+            config.view_2,
+            seed=config.seed,
+            view_stages=config.view_stages,
+            choice=config.speed.views,
+            device=accelerator.device,
+            dtype=forward_dtype(accelerator, config),
+        )
+        way = way_of_steps(config, derived, accelerator, feed)
+        plain_model, model, optimizer = prepare_model(config, derived, size, accelerator, way)
+        if config.resume == "must" and not config.folder.exists():
+            raise CheckpointError(
+                f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
+            )
+        with runlog.locked(config.folder, is_main=is_main) as lock:
+            progress = resume(config, derived, source.facts, plain_model, optimizer, accelerator)
+            if is_main:
+                say_start(config, derived, source, feed, way, accelerator, precision_reason, plain_model, progress)
+                if kept_memory is not None:
+                    print(f"memory:     {kept_memory}", flush=True)
+                write_manifest(config, derived, source, feed, accelerator, progress)
+            # Which images this rank reads at each step
+            plan = EpochPlan(
+                validation_split(derived.num_images, 0)[0],
+                config.global_batch_size,
+                derived.world_size,
+                accelerator.process_index,
+                config.seed,
+            )
+            # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
+            with (
+                Status(
+                    config.folder,
+                    is_main=is_main,
+                    step=progress.step,
+                    total_steps=derived.total_steps,
+                    is_ours=lock.is_held,
+                ) as status,
+                RunLog(
+                    config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
+                ) as log,
+                CheckpointWriter(
+                    config.folder,
+                    keep=config.keep_checkpoints,
+                    last_step=progress.step_of_last,
+                    before=functools.partial(before_save, lock, log),
+                    after=status.saved,
+                ) as writer,
+                peers.explained(before_exit=status.failed),
+                feed,
+            ):
+                run = Run(
+                    config=config,
+                    derived=derived,
+                    source=source,
+                    plan=plan,
+                    feed=feed,
+                    accelerator=accelerator,
+                    model=model,
+                    plain_model=plain_model,
+                    optimizer=optimizer,
+                    guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+                    update=update,
+                    way=way,
+                    progress=progress,
+                    writer=writer,
+                    peers=peers,
+                    log=log,
+                )
+                require_same_start(run)
+                try:
+                    yield run
+                except DivergedError as error:
+                    raise DivergedError(f"{error}{_way_out(run)}") from error
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def require_same_start(run: Run) -> None:
+    """Refuse to train if the ranks continue after different steps, or have opened different images. Waits for all."""
+    run.peers.meet()
+    steps, contents = zip(*run.peers.gather((run.progress.step, run.source.facts.content_sha256)), strict=True)
+    if len(set(contents)) > 1:  # though their sidecars were equal before: another file has taken the name meanwhile
+        raise launch.DifferentRunsError(f"{run.config.data} was replaced while the ranks opened it; start them again")
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps "
+            f"{list(steps)}: is it on a disk that all of them share?"
+        )
+
+
+def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator, feed: ViewFeed) -> Way:
+    """Return how the steps of a run are computed; raise a ValueError if it cannot be done as configured."""
+    smaller = sum(epochs for _, epochs in config.view_stages)
+    longest = max([*(epochs for _, epochs in config.view_stages), config.epochs - smaller])
+    return choose_way(
+        config.speed.compile,
+        device=accelerator.device,
+        world_size=derived.world_size,
+        has_scaler=accelerator.scaler is not None,
+        saves_memory=config.speed.recompute or config.speed.micro_batch_size is not None,
+        views=feed.method,
+        longest_stage=longest * derived.steps_per_epoch * config.global_batch_size,
+    )
+
+
+def prepare_model(
+    config: TrainConfig, derived: Derived, size: int, accelerator: Accelerator, way: Way
+) -> tuple[SimCLR, nn.Module, Any]:
+    """Return the model, as it is and as accelerate prepared it, and the optimizer; the same weights on every rank."""
+    torch.manual_seed(config.seed)
+    plain_model = SimCLR(config.model, size)
+    for side, _ in config.view_sizes:
+        plain_model.require_size(side)
+    if config.speed.micro_batch_size is not None:
+        require_independent_images(plain_model)
+    if derived.world_size > 1 and config.global_batch_norm:
+        use_global_batch_norm(plain_model, accelerator.device)
+    plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
+    if config.speed.recompute:
+        recompute_blocks(plain_model)
+    if way.is_captured:
+        torch.backends.cudnn.benchmark = True  # shapes are fixed, and the fastest kernels are found before capture
+    if way.is_compiled:
+        # In place, so that the weights keep their names; what calls the encoder alone is not compiled.
+        plain_model.compile(dynamic=False)
+    optimizer = make_optimizer(plain_model, config.optimizer, skippable=accelerator.device.type == "cuda")
+    with warnings.catch_warnings():
+        # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(plain_model, optimizer)
+    return plain_model, model, optimizer
+
+
+def image_size(facts: Facts, path: Path) -> int:
+    """Return the side of the images in pixels."""
+    if facts.height != facts.width:
+        raise ValueError(
+            f"{path} holds images of {facts.height} x {facts.width} pixels; pretraining needs square ones. Convert "
+            "them with a --resolution (python -m data_prep --help)"
+        )
+    return facts.height
+
+
+def statement(config: TrainConfig, program: Path) -> dict[str, str]:
+    """Return all that this rank's results depend on, for :func:`simclr.run.launch.require_one_run`, by name.
+
+    Args:
+        config: The run.
+        program: The file that was started.
+    """
+    facts, device = load_facts(config.data), PartialState().device
+    settings = {key: str(value) for key, value in settings_of(config).items()}
+    # Where the images lie and who reads them may differ; what they are may not.
+    return {key: value for key, value in settings.items() if key not in {"data", "speed.loader"}} | {
+        "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
+        "the code": launch.fingerprint_of_code(program),
+        "the device": device.type,
+        "the precision": choose_precision(config, device)[0],
+        **{name: importlib.metadata.version(name) for name in ("torch", "accelerate", "timm", "numpy")},
+    }
+
+
+def before_save(lock: runlog.Lock, log: RunLog) -> None:
+    """See that the folder is still this run's, and that all lines that a checkpoint continues after are on the disk."""
+    lock.require_held()
+    log.sync()
+
+
+def _way_out(run: Run) -> str:
+    last = run.config.folder / checkpoint.LAST
+    kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+    rate = run.derived.learning_rate(max(run.progress.step - 1, 0))
+    return (
+        f" (epoch {run.epoch}, learning rate {rate:.3g}); {kept}. A lower --optimizer.base-learning-rate, longer "
+        "--optimizer.warmup-epochs, --optimizer.gradient-clip-norm 1 or --precision fp32 may help; give the new run "
+        "another --output"
+    )
