@@ -32,6 +32,7 @@ REQUIRED_BY = {"real_data": "REQUIRE_REAL_DATA", "slurm": "REQUIRE_SLURM", "host
 """The variable that forbids to skip the tests of a mark."""
 
 QUICK_MARKS = {"slow", "distributed", "slurm", "hosts", "real_data", "gpu"}
+QUICK_FIXTURES = {"ffcv_folder"}
 QUICK_FILES = [
     "test_benchmarks",
     "test_conftest",
@@ -49,10 +50,10 @@ QUICK_FILES = [
     "test_whole_path",
 ]
 QUICK_TESTS = [
-    "test_a_hundred_classes_one_epoch_and_divergence_are_drawn",
     "test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_there_is_space",
     "test_a_disk_without_any_room_still_takes_the_end_state",
     "test_a_full_disk_is_named_and_leaves_nothing",
+    "test_a_hundred_classes_one_epoch_and_divergence_are_drawn",
     "test_a_kill_at_any_moment_leaves_a_whole_file",
     "test_a_log_that_finds_no_space_says_so_and_keeps_its_lines",
     "test_a_run_is_running_as_long_as_its_process_holds_the_lock",
@@ -60,12 +61,13 @@ QUICK_TESTS = [
     "test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing",
     "test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new",
     "test_bad_words_on_the_command_line",
+    "test_blocks_that_are_computed_again_give_the_same_bits",
     "test_ffcv_gives_the_same_weights_bit_for_bit",
-    "test_ffcv_reads_our_jpeg_file",
-    "test_ffcv_reads_our_raw_file",
+    "test_less_is_kept_for_the_backward_pass",
     "test_no_random_flip_or_cut_anywhere_passes",
     "test_raw_pixels_fail",
     "test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said",
+    "test_the_protocol_tells_which_images_chose_the_checkpoint",
     "test_the_test_set_chooses_nothing",
     "test_user_errors_end_the_process_with_1_and_without_a_traceback",
 ]
@@ -150,7 +152,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def is_quick(item: pytest.Item) -> bool:
         is_marked = any(item.get_closest_marker(mark) for mark in QUICK_MARKS)
-        return not is_marked and item.path.stem not in QUICK_FILES and item.name.split("[")[0] not in QUICK_TESTS
+        needs = QUICK_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        is_named = item.path.stem in QUICK_FILES or item.name.split("[")[0] in QUICK_TESTS
+        return not (is_marked or needs or is_named)
 
     left_out = [item for item in items if not is_quick(item)]
     config.hook.pytest_deselected(items=left_out)

@@ -283,9 +283,15 @@ def record() -> Any:
     return json.loads(RECORD.read_text())["results"]
 
 
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    if case.changes.get("speed", SpeedConfig()).loader == "ffcv":  # compiles its pipeline
+        return [pytest.mark.slow]
+    return [pytest.mark.distributed] if max(case.parts) > 1 else []
+
+
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.distributed if max(CASES[name].parts) > 1 else ()) for name in CASES],
+    [pytest.param(name, marks=_marks(case)) for name, case in CASES.items()],
 )
 def test_a_run_is_the_recorded_one(runs: Runs, record: Any, name: str) -> None:
     case = CASES[name]
