@@ -27,9 +27,7 @@ from simclr.command_line import parse_train_config
 from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
-from simclr.optim import (
-    set_learning_rate,
-)
+from simclr.optim import set_learning_rate
 from simclr.run import checkpoint, files, host, launch, memory
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals

@@ -171,10 +171,11 @@ def raw_pixel_features(
         source: Images.
         indices: Which images, int64 (n,).
         normalisation: As :func:`extract_features`.
-        centre: What to subtract from each image, float32 (D,), such as the mean training image; None for nothing.
+        centre: What to subtract from each image, float32 (D,) on the source's device, such as the mean training image;
+            None for nothing.
 
     Returns:
-        Features on the CPU: float32 (n, 3 * H * W), channels first, less the channel mean, over the channel
+        Features on the source's device: float32 (n, 3 * H * W), channels first, less the channel mean, over the channel
         standard deviation, less ``centre``.
     """
     mean, std = source.facts.normalisation if normalisation is None else normalisation
@@ -183,7 +184,7 @@ def raw_pixel_features(
         rows = plain_view(batch.image, mean=mean, std=std).contiguous().flatten(1)
         pixels.append(rows if centre is None else rows - centre)
         labels.append(batch.label)
-        seen.append(batch.index)
+        seen.append(batch.index.to(batch.label.device))
     return Features(torch.cat(pixels), torch.cat(labels), torch.cat(seen))
 
 

@@ -174,6 +174,16 @@ def test_raw_pixels_are_normalised_then_centred_by_the_mean_training_image(sourc
     assert features.label.tolist() == labels[rest].tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that raw pixels of images on a GPU can be split")
+def test_raw_pixels_of_images_on_a_gpu_are_those_of_the_cpu(source: ImageSource) -> None:
+    with open_images(source.path, backend="memory", device="cuda") as on_gpu:
+        found = evaluation.raw_pixel_features(on_gpu, np.arange(40)).rows(np.array([3, 1]))
+    expected = evaluation.raw_pixel_features(source, np.arange(40)).rows(np.array([3, 1]))
+    assert found.index.tolist() == expected.index.tolist() == [3, 1]
+    torch.testing.assert_close(found.representation.cpu(), expected.representation)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # k nearest neighbours
 
