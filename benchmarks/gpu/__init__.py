@@ -1,1 +1,1 @@
-"""What needs a GPU, in pieces of at most ten minutes; ``python -m benchmarks.gpu`` runs them in order."""
+"""What a GPU is asked, in order of worth and in eight minutes; ``python -m benchmarks.gpu`` runs it."""
