@@ -17,7 +17,7 @@ from simclr.export import NAME, load_encoder
 from simclr.models import ModelConfig, SimCLR
 from simclr.run import checkpoint
 from simclr.run.checkpoint import CheckpointError
-from tests.test_checkpoint import FACTS
+from tests.run.test_checkpoint import FACTS
 
 ROOT = Path(__file__).resolve().parents[1]
 X = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -43,7 +43,7 @@ from simclr.run.opening import statement
 from tests.helpers import forget_accelerate_state
 from tests.ranks import ranks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "train_simclr.py"
 CONFIGS = ROOT / "accelerate_configs"
 JOBS = ROOT / "slurm"

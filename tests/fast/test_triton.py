@@ -11,7 +11,7 @@ import torch
 from simclr.losses import nt_xent
 from tests.test_losses import projections, value_and_gradients
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_kernels_give_torchs_numbers_in_tritons_interpreter(program: str, end: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.{program}"],
+        [sys.executable, "-m", f"tests.fast.{program}"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -38,7 +38,7 @@ def test_the_kernels_give_torchs_numbers_in_tritons_interpreter(program: str, en
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="would compare the views of compiled kernels")
 def test_on_a_gpu_triton_makes_the_views_of_the_batched_operations() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_views_kernels", "cuda"],
+        [sys.executable, "-m", "tests.fast.triton_views_kernels", "cuda"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.triton_kernels``.
+"""The loss's Triton kernels, interpreted, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.fast.triton_kernels``.
 
-A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
+A program of its own, since the variable has to be set before Triton is imported. tests/fast/test_triton.py runs it.
 """
 
 from __future__ import annotations

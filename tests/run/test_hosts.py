@@ -25,8 +25,8 @@ import pytest
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.run import checkpoint, runlog
-from tests.test_launch import NUM_IMAGES, ROOT, SMALL_RUN, accelerate, environment, run, weights
-from tests.test_slurm import last_step, wait_until
+from tests.run.test_launch import NUM_IMAGES, ROOT, SMALL_RUN, accelerate, environment, run, weights
+from tests.run.test_slurm import last_step, wait_until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.distributed]
 

@@ -1,6 +1,6 @@
 """The views' Triton kernels against simclr.views: on a GPU, or ``TRITON_INTERPRET=1`` on CPU tensors.
 
-A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
+A program of its own, since the variable has to be set before Triton is imported. tests/fast/test_triton.py runs it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ STEPS = 4
 EPOCHS = 8
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 KILLED = -signal.SIGKILL
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV maps its file; it is not here")
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("numba", reason="would show that the compiled views equal th
 from simclr.fast import fused_views
 from simclr.fast.fused_views import TOLERANCE, FusedViews
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fuse(

@@ -200,7 +200,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: 
     path = tmp_path / "x.pt"
     command = [sys.executable, "-c", KILLED_WRITERS, str(path), "25"]
     result = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
     in_the_middle, written = map(int, result.stdout.split())

@@ -17,7 +17,7 @@ from simclr import beton
 from simclr.run import doctor
 from simclr.run.host import usable_cores
 from tests.helpers import forget_accelerate_state, small_disk
-from tests.test_launch import ROOT, environment, run
+from tests.run.test_launch import ROOT, environment, run
 
 
 @pytest.fixture(scope="module")

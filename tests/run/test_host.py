@@ -28,7 +28,7 @@ def test_a_step_finds_the_memory_of_the_step_before() -> None:
         environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"} | variables
         environment.pop("GLIBC_TUNABLES", None)
         command = [sys.executable, "-c", PROGRAM]
-        root = Path(__file__).resolve().parent.parent
+        root = Path(__file__).resolve().parents[2]
         output = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
         number, _, did = output.strip().partition(" ")
         return int(number), did
@@ -43,14 +43,14 @@ def test_a_step_finds_the_memory_of_the_step_before() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which takes nothing")
 @pytest.mark.parametrize(
-    "program",  # train_simclr.py: tests/test_faults.py
+    "program",  # train_simclr.py: tests/run/test_faults.py
     [
         "linear_probe.py",
         *(f"-m {m}" for m in ("data_prep", "simclr.run.doctor", "simclr.export", "simclr.run.runlog")),
     ],
 )
 def test_every_program_ends_as_it_would_when_nobody_takes_its_output(program: str) -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, *program.split(), "--help"]
     with Path("/dev/full").open("w") as full:
         assert subprocess.run(command, cwd=root, stdout=full, stderr=full, check=False, timeout=120).returncode == 0

@@ -270,7 +270,7 @@ def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) 
     assert runlog.read_status(tmp_path)["state"] == "failed"
     (tmp_path / runlog.STATUS).write_text(killed)  # as the process would have left it, had it been killed
     assert runlog.read_status(tmp_path) == told | {"state": runlog.DIED}
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     words = [sys.executable, "-m", "simclr.run.runlog", str(tmp_path)]
     shown = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
     assert json.loads(shown) == told | {"state": runlog.DIED}
@@ -334,7 +334,7 @@ with runlog.locked(Path(sys.argv[1]), is_main=True):
 
 def test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "locked\n"

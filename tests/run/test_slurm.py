@@ -26,7 +26,7 @@ import torch
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.run import runlog
-from tests.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
+from tests.run.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"
 LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 20 --log-every-steps 1 --checkpoint-every-epochs 5")
