@@ -58,7 +58,10 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
     checkpoint.require_safe_loading()
     launch.require_known_requests()
     join(signals)
-    with Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers, peers.explained():
+    with (
+        Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers,
+        peers.explain_lost_ranks(),
+    ):
         launch.require_one_run(peers.gather(statement(config, Path(__file__))))
         with open_run(config, peers, update) as run:
             train(run)

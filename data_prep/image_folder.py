@@ -160,7 +160,7 @@ def _summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
     for (kind, name), number in found.left_out.items():
         names[kind][name] += number
     left_out = Counter({_with_names(kind, of_kind): of_kind.total() for kind, of_kind in names.items()})
-    lines = ["stored:", *(f"  {said}" for said in stored)]
+    lines = ["stored:", *(f"  {file}" for file in stored)]
     for heading, counts in (("changed:", changes), ("left out:", left_out)):
         lines += [heading, *(f"{number:9,} {what}" for what, number in counts.most_common())] if counts else []
     return "\n".join(lines + (["to know:", *(f"  {remark}" for remark in found.remarks)] if found.remarks else []))
@@ -168,7 +168,7 @@ def _summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
 
 def _with_names(kind: str, names: Counter[str]) -> str:
     """Return the kind with its commonest names or suffixes: "videos (.mov 3, .mp4 1): take frames"."""
-    listed = ", ".join(f"{name} {n:,}" if len(names) > 1 else name for name, n in names.most_common(_MOST_NAMED))
+    commonest = ", ".join(f"{name} {n:,}" if len(names) > 1 else name for name, n in names.most_common(_MOST_NAMED))
     more = f" and {len(names) - _MOST_NAMED} more kinds" if len(names) > _MOST_NAMED else ""
     what, colon, way = kind.partition(":")
-    return f"{what} ({listed}{more}){colon}{way}" if listed else kind
+    return f"{what} ({commonest}{more}){colon}{way}" if commonest else kind

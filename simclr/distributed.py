@@ -222,7 +222,7 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 class SideChannel:
-    """Small words between the ranks' hosts, beside training's own collectives: a gloo group, so no GPU is waited for.
+    """Small messages between the ranks' hosts: a gloo group of their own, so that no GPU is waited for.
 
     All methods but ``is_lost`` are collective calls; in a world of one they answer at once.
 
@@ -259,10 +259,10 @@ class SideChannel:
         return gathered
 
     def vote(self, number: int) -> int:
-        """Cast a number; return the largest that was cast at the call before, on any rank (at first 0).
+        """Send a number to all ranks; return the largest one that any rank sent at the call before (at first 0).
 
-        The exchange goes on during the step in between, so that it costs no waiting, and every rank learns the same
-        at the same step.
+        The numbers travel during the step between two calls. So nobody waits for them, and every rank learns the
+        same at the same step.
         """
         if self._group is None:
             return number
@@ -277,7 +277,7 @@ class SideChannel:
 
 
 def store() -> Any:
-    """Return a connection of its own to the ranks' common store of words; None in a world of one."""
+    """Return a new connection to the key-value store that all ranks share; None in a world of one."""
     if world_size() == 1:
         return None
     own = dist.distributed_c10d._get_default_store().clone()

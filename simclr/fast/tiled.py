@@ -89,7 +89,9 @@ class _NTXent(torch.autograd.Function):
         assert total is not None
         for part, positive in zip(total.chunk(2), reversed(x.chunk(2)), strict=True):
             part.addcmul_(positive, weights[own], value=-2)
-        along = torch.linalg.vecdot(x, total)[:, None]  # a longer projection is no other one
+        along = torch.linalg.vecdot(x, total)[
+            :, None
+        ]  # the loss does not depend on a row's length, so neither does it move along the row
         total.addcmul_(x, along, value=-1).div_(length * (len(x) * ctx.temperature)).mul_(scale)
         return total, None, None, None
 

@@ -239,6 +239,6 @@ def tell_launcher(message: str) -> None:
     """
     if (name := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
         return
-    said = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    report = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
     with contextlib.suppress(OSError):
-        Path(name).write_text(json.dumps(said), encoding="utf-8")
+        Path(name).write_text(json.dumps(report), encoding="utf-8")

@@ -156,7 +156,7 @@ def open_run(
                     before=functools.partial(before_save, lock, log),
                     after=status.saved,
                 ) as writer,
-                peers.explained(before_exit=status.failed),
+                peers.explain_lost_ranks(before_exit=status.failed),
                 feed,
             ):
                 run = Run(

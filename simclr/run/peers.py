@@ -58,7 +58,9 @@ class _Heard:
 
 
 class Peers:
-    """See the module. Made and closed by all ranks together; also in a world of one, for its watchdog.
+    """Agrees with the other ranks when to stop, and notices when one is lost: see the top of this file.
+
+    Made and closed by all ranks together; also in a world of one, for its watchdog.
 
     Args:
         timeout_seconds: See :class:`simclr.config.TrainConfig`; it holds from the first step on.
@@ -118,7 +120,7 @@ class Peers:
                 self._tell(doing)
 
     @contextlib.contextmanager
-    def explained(self, before_exit: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
+    def explain_lost_ranks(self, before_exit: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
         """Tell the others why this rank leaves, if it does, and name the rank that is lost, if that is why.
 
         Args:
