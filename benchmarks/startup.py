@@ -84,6 +84,7 @@ def _child() -> None:
     import train_simclr
     from simclr.command_line import parse_train_config
     from simclr.fast.feed import ViewFeed
+    from simclr.run import opening
 
     seconds = {"imports": time.time() - launched}
 
@@ -122,7 +123,7 @@ def _child() -> None:
         ("model", "SimCLR"),
         ("views", "ViewFeed"),
     ):
-        setattr(train_simclr, name, timed(part, getattr(train_simclr, name)))
+        setattr(opening, name, timed(part, getattr(opening, name)))
     ViewFeed.batches = first_batch  # type: ignore[assignment, method-assign]
     train_simclr.train_step = first_step
     with clock("command line"):

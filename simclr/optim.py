@@ -326,12 +326,15 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, *, skippable: bool
         model: Whose parameters.
         config: Its settings.
         skippable: For GPUs that nobody waits for: the step changes nothing while the tensor ``found_inf`` of the
-            optimizer is 1, and the learning rate is a tensor on the device. It takes torch's fused implementations,
-            which are made for that and differ from the others by rounding.
+            optimizer is 1, and the learning rate of float32 weights is a tensor on the device. It takes torch's fused
+            implementations, which are made for that and differ from the others by rounding.
     """
     groups = parameter_groups(model, config)
     for group in groups:
-        group["lr"] = torch.zeros((), device=group["params"][0].device) if skippable else 0.0
+        weight = group["params"][0]
+        # The fused kernels read float32. In float64, which compares runs, that would round; nothing is captured then.
+        on_device = skippable and weight.dtype == torch.float32
+        group["lr"] = torch.zeros((), device=weight.device) if on_device else 0.0
         del group["names"]
     if config.name == "sgd":
         sgd = torch.optim.SGD(groups, momentum=config.momentum, fused=skippable or None)

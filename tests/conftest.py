@@ -31,6 +31,9 @@ CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
 REQUIRED_BY = {"real_data": "REQUIRE_REAL_DATA", "slurm": "REQUIRE_SLURM", "hosts": "REQUIRE_HOSTS"}
 """The variable that forbids to skip the tests of a mark."""
 
+SLOWEST_FIRST = ["test_whole_path", "test_benchmarks", "test_slurm", "test_hosts", "test_faults", "test_launch"]
+"""Files that two workers must not begin last, when one would wait for the other."""
+
 QUICK_MARKS = {"slow", "distributed", "slurm", "hosts", "real_data", "gpu"}
 QUICK_FIXTURES = {"ffcv_folder"}
 QUICK_FILES = [
@@ -147,6 +150,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slowest_first = {name: i for i, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: slowest_first.get(item.path.stem, len(slowest_first)))
     if not config.option.quick:
         return
 

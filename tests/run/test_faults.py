@@ -772,7 +772,7 @@ def test_skip_leaves_out_one_step_and_nothing_else(
     with monkeypatch.context() as patched:
         patched.setattr(train_simclr, "train_step", train_simclr.train_step)
         patched.setattr(
-            train_simclr,
+            opening,
             "make_optimizer",
             lambda model, config, **_: make_optimizer(model, config, skippable=device_decides),
         )

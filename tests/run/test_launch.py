@@ -531,7 +531,8 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(
         process.send_signal(number)
         rest, _ = process.communicate(timeout=10)
     assert process.returncode == EXIT_SAVED
-    assert rest == f"{number.name}: ended while waiting for the other processes; nothing was begun\n"
+    own = [line for line in rest.splitlines() if "[c10d]" not in line]  # torch may tell of its tries to connect
+    assert own == [f"{number.name}: ended while waiting for the other processes; nothing was begun"]
     assert not (tmp_path / "run").exists()
 
 
