@@ -22,5 +22,5 @@ if [ "${1:-}" != --quick ]; then
 fi
 stage "tests: pytest $*"
 # Tests wait for processes to start and for timeouts, so two at a time keep two cores busy. Those of one file share
-# what they have run, and stay together.
-python -m pytest -n 2 --dist loadfile "$@"
+# what they have run, and stay together; conftest.py puts the slowest files first.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

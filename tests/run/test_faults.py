@@ -213,7 +213,7 @@ def test_any_signal_on_any_rank_once_or_twice_saves_every_step_and_ends_with_sta
                 wait_for_step(running, config, step + 1)
                 for _ in range(times):
                     running.send(number, rank)
-                assert running.wait(10) == [EXIT_SAVED, EXIT_SAVED], running.output(0) + running.output(1)
+                assert running.wait(30) == [EXIT_SAVED, EXIT_SAVED], running.output(0) + running.output(1)
                 output = running.output(0)
             found = status(config)
             assert found["step"] > step
