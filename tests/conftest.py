@@ -63,16 +63,22 @@ QUICK_TESTS = [
     "test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed",
     "test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing",
     "test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new",
+    "test_augmented_features_give_another_classifier_and_the_same_knn",
     "test_bad_words_on_the_command_line",
     "test_blocks_that_are_computed_again_give_the_same_bits",
     "test_ffcv_gives_the_same_weights_bit_for_bit",
+    "test_fine_tuning_saves_the_whole_tuned_model",
+    "test_fused_views_give_the_same_run_with_any_loader_and_in_pieces",
     "test_less_is_kept_for_the_backward_pass",
     "test_no_random_flip_or_cut_anywhere_passes",
     "test_raw_pixels_fail",
     "test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said",
+    "test_so_does_one_whose_views_grow",
     "test_the_protocol_tells_which_images_chose_the_checkpoint",
+    "test_the_seed_decides",
     "test_the_test_set_chooses_nothing",
     "test_user_errors_end_the_process_with_1_and_without_a_traceback",
+    "test_what_is_not_given_follows_the_run_and_the_images",
 ]
 """What --quick leaves out, since it starts processes, compiles or takes long: all of it stands here."""
 
