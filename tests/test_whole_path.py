@@ -76,7 +76,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
 
     # The number, and the report
     one_candidate = ("--learning-rates", 0.1, "--weight-decays", 0)  # choosing has tests of its own
-    run(sys.executable, "linear_probe.py", "--run", two, "--epochs", 5, *one_candidate)
+    run(sys.executable, "linear_probe.py", "--run", two, "--epochs", 3, "--num-validation", 1000, *one_candidate)
     result = json.loads((two / "probe-linear" / "probe.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     for row in rows.values():
