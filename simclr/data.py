@@ -381,8 +381,9 @@ class _MemorySource(ImageSource):
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device; the host's tensor may be overwritten at once.
+    """Return the tensor on the device; the host's may be overwritten at once if that is a GPU.
 
     To a GPU it goes through pinned memory, so that no one waits for it; torch uses that memory again after the copy.
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    travels = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if travels else tensor.to(device)

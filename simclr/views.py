@@ -812,6 +812,12 @@ def require_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
         raise ValueError(f"std must be 3 finite numbers > 0, one per channel, got {std!r}")
 
 
+def require_view_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError unless the compiled ways of making views (:mod:`simclr.fast`) can write this dtype."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+
+
 def require_blur_fits(kernel: int, size: int) -> None:
     """Raise ValueError if a blur of ``kernel`` pixels cannot reflect the border of a view of side ``size``."""
     if kernel // 2 >= size:

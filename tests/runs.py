@@ -1,15 +1,38 @@
-"""What a finished or interrupted run has left in its folder, for tests to compare."""
+"""Runs in this process or in others, and what they have left in their folders, for tests to compare."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import train_simclr
 from simclr.config import TrainConfig
 from simclr.run import checkpoint
 from simclr.run.runlog import read_metrics
+from tests.helpers import forget_accelerate_state, run_distributed
+
+
+def train_here(config: TrainConfig) -> Path:
+    """Pretrain on one device in this process."""
+    try:
+        return train_simclr.main(config)
+    finally:
+        forget_accelerate_state()
+
+
+def train_on(world_size: int, pretrain: Callable[[int, int, TrainConfig], None], config: TrainConfig) -> None:
+    """Let each rank call ``pretrain(rank, world_size, config)``: one in this process, several in others."""
+    if world_size > 1:
+        run_distributed(pretrain, world_size, config)
+        return
+    try:
+        pretrain(0, 1, config)
+    finally:
+        forget_accelerate_state()
 
 
 def weights(config: TrainConfig, name: str = checkpoint.LAST) -> dict[str, Tensor]:

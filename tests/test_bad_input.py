@@ -26,7 +26,6 @@ import pytest
 from torchvision import datasets
 
 import linear_probe
-import train_simclr
 from data_prep import __main__ as data_prep
 from simclr import beton
 from simclr.beton import BetonError
@@ -35,7 +34,8 @@ from simclr.data import open_images
 from simclr.models import ModelConfig
 from simclr.run import checkpoint, files, runlog
 from simclr.run.runlog import RunLog, read_metrics, without_secrets
-from tests.helpers import forget_accelerate_state, small_disk
+from tests.helpers import small_disk
+from tests.runs import train_here
 from tests.test_data_prep import fake_cifar
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +63,6 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         speed=SpeedConfig(loader="memory", views="torch"),
     )
     return dataclasses.replace(config, **changes)
-
-
-def train(config: TrainConfig) -> Path:
-    try:
-        return train_simclr.main(config)
-    finally:
-        forget_accelerate_state()
 
 
 # ---------------------------------------------------------------------------------------------- damaged images
@@ -203,7 +196,7 @@ def as_nobody() -> Iterator[None]:
 
 
 def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -> None:
-    run = train(settings(images, tmp_path / "done"))
+    run = train_here(settings(images, tmp_path / "done"))
     tree = tmp_path / "tree"
     tree.mkdir(mode=0o700)
     with tempfile.TemporaryDirectory() as folder:
@@ -212,8 +205,8 @@ def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -
         for source in (images, beton.sidecar_path(images)):
             Path(folder, source.name).write_bytes(source.read_bytes())
         attempts: dict[str, Callable[[], object]] = {
-            "data": lambda: train(settings(images, Path(folder, "run"))),
-            "output": lambda: train(settings(readable, Path(folder, "run"))),
+            "data": lambda: train_here(settings(images, Path(folder, "run"))),
+            "output": lambda: train_here(settings(readable, Path(folder, "run"))),
             "probe": lambda: linear_probe.main(ProbeConfig(run=run)),
         }
         for attempt in attempts.values():
@@ -333,7 +326,7 @@ def test_more_processes_than_images_are_refused_with_a_number_that_works(images:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": 1}', "\\ud800"])
 def test_a_checkpoint_whose_configuration_cannot_be_read_is_refused(images: Path, tmp_path: Path, text: str) -> None:
-    folder = train(settings(images, tmp_path / "run"))
+    folder = train_here(settings(images, tmp_path / "run"))
     payload = checkpoint.load_safely(folder / checkpoint.BEST)
     checkpoint.save_atomically(folder / checkpoint.BEST, payload | {"config": text})
     with pytest.raises(checkpoint.CheckpointError, match=checkpoint.BEST):
@@ -342,7 +335,7 @@ def test_a_checkpoint_whose_configuration_cannot_be_read_is_refused(images: Path
 
 def test_a_step_that_the_run_cannot_have_reached_is_refused(images: Path, tmp_path: Path) -> None:
     config = settings(images, tmp_path / "run")
-    last = train(config) / checkpoint.LAST
+    last = train_here(config) / checkpoint.LAST
     payload = checkpoint.load_resumable(last)
     for changes, message in (
         (
@@ -355,23 +348,23 @@ def test_a_step_that_the_run_cannot_have_reached_is_refused(images: Path, tmp_pa
     ):
         checkpoint.save_atomically(last, payload | changes)
         with pytest.raises(checkpoint.CheckpointError, match=message):
-            train(config)
+            train_here(config)
 
 
 def test_a_damaged_manifest_is_named_and_what_to_do(images: Path, tmp_path: Path) -> None:
     config = settings(images, tmp_path / "run")
-    manifest = train(config) / "manifest.json"
+    manifest = train_here(config) / "manifest.json"
     for damage in ("", "[]", '{"sessions": 1}', "\udcff"):
         manifest.write_bytes(damage.encode(errors="surrogateescape"))
         attempts: tuple[Callable[[], object], ...] = (
-            lambda: train(config),
+            lambda: train_here(config),
             lambda: linear_probe.main(ProbeConfig(run=config.folder)),
         )
         for attempt in attempts:
             with pytest.raises(ValueError, match=rf"{manifest} is damaged: .*move it away to go on without"):
                 attempt()
     manifest.unlink()
-    train(config)
+    train_here(config)
     assert len(json.loads(manifest.read_text())["sessions"]) == 1
 
 
@@ -384,12 +377,12 @@ def test_a_folder_of_other_things_is_no_output_and_stays_as_it_is(images: Path, 
     (output / "thesis.tex").touch()
     before = sorted(output.iterdir())
     with pytest.raises(ValueError, match=r"home holds no run, but thesis\.tex: give an --output that is empty"):
-        train(settings(images, output))
+        train_here(settings(images, output))
     assert sorted(output.iterdir()) == before
     (output / "thesis.tex").unlink()
-    train(settings(images, output))
+    train_here(settings(images, output))
     (output / "notes.txt").touch()  # beside a run everything is welcome
-    train(settings(images, output))
+    train_here(settings(images, output))
 
 
 # ------------------------------------------------------------------------------------------------------ security
@@ -401,7 +394,7 @@ def test_programs_do_not_start_where_torch_would_execute_checkpoints(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", value)
     with pytest.raises(ValueError, match="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        train(settings(images, tmp_path / "run"))
+        train_here(settings(images, tmp_path / "run"))
     with pytest.raises(ValueError, match="unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
         linear_probe.main(ProbeConfig(run=tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -458,7 +451,7 @@ def test_a_manifest_holds_no_secrets(images: Path, tmp_path: Path, monkeypatch: 
     words = ["--api-token", "hunter1", "--wandb.key=hunter2", "DB_PASSWORD=hunter3", "http://me:hunter4@host/x"]
     words += ["--client_secret", "--epochs", "3", "--output", "runs/monkey=1"]
     monkeypatch.setattr(sys, "argv", ["train_simclr.py", *words])
-    folder = train(settings(images, tmp_path / "run"))
+    folder = train_here(settings(images, tmp_path / "run"))
     text = (folder / "manifest.json").read_text()
     assert "hunter" not in text
     assert json.loads(text)["environment"]["command"] == (

@@ -32,8 +32,8 @@ from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, SpeedConfig,
 from simclr.models import ModelConfig
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
-from tests.helpers import forget_accelerate_state, run_distributed, shut_down_workers
-from tests.runs import weights
+from tests.helpers import shut_down_workers
+from tests.runs import train_on, weights
 
 RECORD = Path(__file__).parent / "golden" / "runs.json"
 NUM_IMAGES, NUM_TEST, BATCH = 60, 40, 20  # 3 steps an epoch
@@ -172,13 +172,7 @@ def pretrained(case: Case, data: Path, output: Path) -> TrainConfig:
     config = TrainConfig(**{**defaults, **case.changes})
     for part, world_size in enumerate(case.parts, start=1):
         steps = dataclasses.replace(config, stop_at_step=4 if part < len(case.parts) else None)
-        if world_size > 1:
-            run_distributed(pretrain, world_size, steps)
-            continue
-        try:
-            pretrain(0, 1, steps)
-        finally:
-            forget_accelerate_state()
+        train_on(world_size, pretrain, steps)
     return config
 
 

@@ -30,8 +30,8 @@ from simclr.run.devices import require_world_size
 from simclr.run.meter import collapse_measures
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec, two_views
-from tests.helpers import RankError, forget_accelerate_state, run_distributed
-from tests.runs import is_equal, lines, weights
+from tests.helpers import RankError
+from tests.runs import is_equal, lines, train_on, weights
 
 NUM_IMAGES = 100
 BATCH = 24  # 4 steps an epoch, and 4 images left out
@@ -79,13 +79,7 @@ def pretrain(rank: int, world_size: int, config: TrainConfig) -> None:
 
 def run(config: TrainConfig, world_size: int = 1) -> None:
     """Pretrain on one device in this process, on several in others."""
-    if world_size > 1:
-        run_distributed(pretrain, world_size, config)
-        return
-    try:
-        pretrain(0, 1, config)
-    finally:
-        forget_accelerate_state()
+    train_on(world_size, pretrain, config)
 
 
 def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:

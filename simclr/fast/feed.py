@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr.data import Batch, EpochPlan, ImageSource
+from simclr.data import Batch, EpochPlan, ImageSource, sent
 from simclr.run.host import usable_cores
 from simclr.views import ViewSpec, size_at, two_views
 
@@ -149,9 +149,9 @@ class ViewFeed:
         assert self._tables is not None
         self.size = size_at(self.view_stages, epoch, self.source.facts.height)
         self._tables.load(epoch)
-        if self.source.stored is None:
+        if self._stored is None:
             batches = self.source.batches(plan, epoch=epoch, start_step=start_step)
-            return ((batch.index.to(self.device, non_blocking=True), batch.image.to(self.device)) for batch in batches)
+            return ((sent(batch.index, self.device), sent(batch.image, self.device)) for batch in batches)
         rows = list(plan.batches(epoch, start_step))
         order = torch.from_numpy(np.stack(rows) if rows else np.empty((0, 0), np.int64)).to(self.device)
         return ((index,) for index in order)
@@ -164,11 +164,18 @@ class ViewFeed:
             image: The images, uint8, (b, H, W, 3), on the device; None if the source holds all of them there.
         """
         assert self._tables is not None
-        table, stored = self._tables.table, self.source.stored
+        row = index
         if image is None:
-            assert stored is not None
-            return self._triton[self.size](stored, index, table, index)
-        return self._triton[self.size](image, torch.arange(len(index), device=index.device), table, index)
+            image = self._stored
+        else:
+            row = torch.arange(len(index), device=index.device)
+        assert image is not None
+        return self._triton[self.size](image, row, self._tables.table, index)
+
+    @property
+    def _stored(self) -> Tensor | None:
+        """All images, if the source holds them where the step runs."""
+        return self.source.stored if self.source.device.type == self.device.type else None
 
     def _make(self, batch: Batch, epoch: int) -> Tensor:
         size = size_at(self.view_stages, epoch, self.source.facts.height)
@@ -177,7 +184,7 @@ class ViewFeed:
             # Pinned memory is not used again before the copy has ended: torch's allocator waits for it.
             return views.to(self.device, non_blocking=True)
         mean, std = self.source.facts.normalisation
-        image = batch.image.to(self.device)
+        image = sent(batch.image, self.device)
         pair = two_views(image, batch.index, *self.specs, seed=self.seed, epoch=epoch, size=size, mean=mean, std=std)
         return torch.cat(pair).to(self.dtype)
 

@@ -42,6 +42,7 @@ from simclr.views import (
     require_fitting,
     require_images,
     require_normalisation,
+    require_view_dtype,
     resize_filters,
     sample_parameters,
 )
@@ -88,8 +89,7 @@ class FusedViews:
         threads: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        if dtype not in _KINDS:
-            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        require_view_dtype(dtype)
         if size < 1 or threads < 1:
             raise ValueError(f"size and threads must be at least 1, got size {size} and threads {threads}")
         require_normalisation(mean, std)

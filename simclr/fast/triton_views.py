@@ -30,7 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr.views import ViewSpec, blur_kernel_size, require_blur_fits, require_normalisation, sample_parameters
+from simclr.views import (
+    ViewSpec,
+    blur_kernel_size,
+    require_blur_fits,
+    require_normalisation,
+    require_view_dtype,
+    sample_parameters,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -104,8 +111,7 @@ class TritonViews:
         std: Sequence[float],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        require_view_dtype(dtype)
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         require_normalisation(mean, std)

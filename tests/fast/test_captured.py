@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import train_simclr
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
@@ -17,7 +16,7 @@ from simclr.fast.captured import Captured, choose_way
 from simclr.models import ModelConfig
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
-from tests.helpers import forget_accelerate_state
+from tests.runs import train_here
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +49,7 @@ def steps(output: Path, images: Path, *, compile: Any, form: Any = "auto", **cha
         "log_every_steps": 1,
         "speed": SpeedConfig(loader="memory", compile=compile, nt_xent_form=form),
     }
-    try:
-        train_simclr.main(TrainConfig(**{**defaults, **changes}))
-    finally:
-        forget_accelerate_state()
+    train_here(TrainConfig(**{**defaults, **changes}))
     return [line for line in read_metrics(output) if line["kind"] == "step"]
 
 

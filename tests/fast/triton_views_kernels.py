@@ -64,8 +64,11 @@ def check_feed(device: str) -> None:
         path = Path(folder, "images.beton")
         write_noise(path, 10, side=12)
         plan = EpochPlan(np.arange(10), global_batch_size=4, seed=3)
-        for where in {device, "cpu"}:  # a batch that the host sends, and images that lie on the device
+        # All images where the views are made, or each batch by itself: read from elsewhere, or from the host's memory
+        for where, holds_all in {(device, True), (device, False), ("cpu", True)}:
             with open_images(path, backend="memory", device=where) as source:
+                if not holds_all:
+                    source.stored = None
                 feeds = [
                     ViewFeed(source, PLAIN, ALL, seed=5, view_stages=((8, 1),), choice=choice, device=device)
                     for choice in ("triton", "torch")

@@ -42,9 +42,8 @@ from simclr.run import checkpoint, devices, memory, opening, peers, runlog
 from simclr.run.finite import Guard
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.resuming import Progress
-from tests.helpers import forget_accelerate_state
 from tests.ranks import Ranks, ranks
-from tests.runs import is_equal, lines, weights
+from tests.runs import is_equal, lines, train_here, weights
 
 BATCH = 24  # of 100 images: 4 steps an epoch
 STEPS = 4
@@ -725,13 +724,6 @@ def test_nan_on_one_rank_stops_all_before_the_step_with_a_description_each(image
         assert found["gradient_norms"]["encoder.conv1.weight"] == "nan"
     finish(config, 2, tmp_path / "logs")  # it was the images' fault, and they are well again
     assert status(config)["state"] == "finished"
-
-
-def train_here(config: TrainConfig) -> None:
-    try:
-        train_simclr.main(config)
-    finally:
-        forget_accelerate_state()
 
 
 @pytest.mark.parametrize("device_decides", [False, True], ids=["host", "device"])
