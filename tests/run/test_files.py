@@ -17,6 +17,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, durable: bool) -
     with pytest.raises(TypeError), files.atomic_write(path, durable=durable) as file:
         file.writelines([b"half", "no bytes"])  # type: ignore[list-item]
     assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     with files.atomic_write(path, durable=durable) as file:
         file.write(b"new")
         file.flush()
