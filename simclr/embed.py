@@ -64,6 +64,9 @@ class Options:
     """What to do if some images cannot be read. All of them are listed in either case, and the others are computed."""
     batch_size: Size = 256
     """Images at a time."""
+    image_size: Size | None = None
+    """Side in pixels at which the encoder reads images, such as linear_probe.py --image-sizes finds. Default: as those
+    pretrained on are stored, or as exported."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward pass. Features are float32 in either case."""
     device: str | None = None
@@ -84,7 +87,7 @@ def main(options: Options) -> Path:
     """
     writer = _writer_for(options.output)
     device = _device(options.device)
-    encoder = open_encoder(options.run, device)
+    encoder = open_encoder(options.run, device, options.image_size)
     names, found = all_images(options.images)
     listed = [Listed.of(options.images, name) for name in names]
     job = _job(encoder, options.precision, device)
@@ -124,18 +127,23 @@ def main(options: Options) -> Path:
     return options.output
 
 
-def open_encoder(path: Path, device: torch.device) -> Encoder:
+def open_encoder(path: Path, device: torch.device, read_at: int | None = None) -> Encoder:
     """Load the encoder of a run, a checkpoint, or an export.
+
+    Args:
+        path: Where it lies.
+        device: Where it goes.
+        read_at: Side in pixels that images are resized to for it. None: as stored, or as exported.
 
     Raises:
         CheckpointError: As :func:`simclr.run.checkpoint.load_pretrained` and :func:`simclr.export.load_encoder`.
     """
     if path.suffix == ".safetensors" or (path / WEIGHTS).is_file():
-        return load_encoder(path, device)
+        encoder = load_encoder(path, device)
+        return Encoder(encoder.encoder, encoder.metadata | ({} if read_at is None else {"read_at": str(read_at)}))
     checkpoint.require_safe_loading()
     pretrained = checkpoint.load_pretrained(path)
-    metadata = metadata_of(pretrained)
-    return Encoder(pretrained.model.encoder.to(device).eval(), metadata)
+    return Encoder(pretrained.model.encoder.to(device).eval(), metadata_of(pretrained, read_at))
 
 
 def compute(
@@ -207,7 +215,7 @@ def embed(encoder: Encoder, images: Tensor, precision: Literal["fp32", "bf16"] =
     """
     mean, std = encoder.normalisation
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        representation: Tensor = encoder.encoder(plain_view(images, mean=mean, std=std))
+        representation: Tensor = encoder.encoder(plain_view(images, mean=mean, std=std, size=encoder.read_at))
     return representation.float()
 
 
@@ -431,6 +439,7 @@ def _job(encoder: Encoder, precision: Literal["fp32", "bf16"], device: torch.dev
         "pretrained_on": encoder.metadata.get("pretrained_on"),
         "normalisation": json.loads(json.dumps(encoder.normalisation)),
         "image_size": side,
+        "read_at": encoder.read_at,
         "stored_as": [encoder.metadata.get("encoding", "raw"), encoder.metadata.get("jpeg_quality", "null")],
         "precision": precision,
         "width": embed(encoder, blank, precision).shape[1],

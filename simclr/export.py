@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import safetensors
 import torch
+import torch.nn.functional as F
 import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
 from simclr.run.checkpoint import CheckpointError, Pretrained
 from simclr.run.files import PathLike
+from simclr.schema import Size
 from simclr.timm_alone import timm_alone
 
 FOLDER = "encoder"
@@ -59,22 +61,37 @@ class Options:
     """Whether to write encoder.pt2. Without it there is no encoder.onnx either, which is made from it."""
     onnx: Literal["auto", "yes", "no"] = "auto"
     """Whether to write encoder.onnx. auto: if its packages are installed; it is said if they are not."""
+    image_size: Size | None = None
+    """Side in pixels at which the encoder reads images, such as linear_probe.py --image-sizes finds: encoder.pt2 and
+    encoder.onnx take images of the stored size and resize them inside. Default: as stored."""
     license: str | None = None
     """Of the weights, for the model card, as the Hugging Face hub writes it: mit, cc-by-4.0 and the like."""
 
 
 class ImageEncoder(nn.Module):
-    """Stored pixels -> representation, with the normalisation inside: what the program and the ONNX file compute."""
+    """Stored pixels -> representation, with the normalisation inside: what the program and the ONNX file compute.
 
-    def __init__(self, encoder: nn.Module, normalisation: Normalisation) -> None:
+    Args:
+        encoder: Normalised images (b, 3, S, S) -> (b, D).
+        normalisation: Mean and standard deviation per channel.
+        size: Side S that images are resized to. None: as they come.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, normalisation: Normalisation, size: int | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.size = encoder, size
         for name, values in zip(("mean", "std"), normalisation, strict=True):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode RGB images, uint8 (b, H, W, 3) -> float32 (b, D)."""
-        representation: Tensor = self.encoder((image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std)
+        """Encode RGB images, uint8 (b, H, W, 3) -> float32 (b, D), as simclr.views.plain_view brings them about."""
+        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        if self.size is not None and x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=self.size < x.shape[2])
+        representation: Tensor = self.encoder(x)
         return representation
 
 
@@ -100,10 +117,12 @@ def export(pretrained: Pretrained, options: Options) -> Path:
         raise CheckpointError(f"{ONNX} needs {needs}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     encoder, facts = pretrained.model.encoder.cpu().eval(), pretrained.facts
-    metadata = metadata_of(pretrained)
+    if options.image_size is not None:
+        pretrained.model.require_size(options.image_size)
+    metadata = metadata_of(pretrained, options.image_size)
     noise = torch.randint(0, 256, (3, facts.height, facts.width, 3), generator=torch.Generator().manual_seed(0))
     images = noise.to(torch.uint8)
-    model = ImageEncoder(encoder, facts.normalisation).eval().requires_grad_(False)
+    model = ImageEncoder(encoder, facts.normalisation, options.image_size).eval().requires_grad_(False)
     alone = timm_alone(encoder, metadata["encoder"], images.permute(0, 3, 1, 2) / 255)
 
     with files.atomic_folder(folder) as new:
@@ -131,8 +150,13 @@ def export(pretrained: Pretrained, options: Options) -> Path:
     return folder
 
 
-def metadata_of(pretrained: Pretrained) -> dict[str, str]:
-    """Return what a program has to know of an encoder, as a safetensors file holds it."""
+def metadata_of(pretrained: Pretrained, read_at: int | None = None) -> dict[str, str]:
+    """Return what a program has to know of an encoder, as a safetensors file holds it.
+
+    Args:
+        pretrained: The encoder.
+        read_at: Side in pixels that stored images are resized to. None: as stored.
+    """
     facts, model = pretrained.facts, pretrained.config.model
     mean, std = facts.normalisation
     return {
@@ -140,6 +164,7 @@ def metadata_of(pretrained: Pretrained) -> dict[str, str]:
         "encoder": model.encoder,
         "stem": model.stem,
         "image_size": str(facts.height),
+        "read_at": str(read_at or facts.height),
         "representation_dim": str(pretrained.model.representation_dim),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
@@ -162,8 +187,13 @@ class Encoder:
 
     @property
     def image_size(self) -> int:
-        """Side of the images in pixels."""
+        """Side of the images in pixels, as they are stored."""
         return int(self.metadata["image_size"])
+
+    @property
+    def read_at(self) -> int:
+        """Side in pixels that they are resized to for the encoder."""
+        return int(self.metadata.get("read_at", self.image_size))
 
     @property
     def normalisation(self) -> Normalisation:
@@ -279,10 +309,10 @@ def _compare(name: str, made: Callable[[Tensor], Tensor], model: ImageEncoder, i
 
 def _config(metadata: Mapping[str, str], folder: Path, for_timm: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json: what timm reads, where it builds the encoder, and all about the files under "simclr"."""
-    side, width = int(metadata["image_size"]), int(metadata["representation_dim"])
+    side, read_at, width = (int(metadata[name]) for name in ("image_size", "read_at", "representation_dim"))
     mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
     stored = f"uint8 (batch, {side}, {side}, 3), RGB, as decoded; it is normalised inside"
-    normalised = f"float32 (batch, 3, {side}, {side}), RGB, (pixel / 255 - mean) / std"
+    normalised = f"float32 (batch, 3, {read_at}, {read_at}), RGB, (pixel / 255 - mean) / std"
     takes = {WEIGHTS: normalised, PROGRAM: stored, ONNX: stored}
     about = {
         name: {
@@ -294,11 +324,12 @@ def _config(metadata: Mapping[str, str], folder: Path, for_timm: Mapping[str, An
         if (folder / name).exists()
     }
     known = {name: value for name, value in metadata.items() if name not in {"format", "mean", "std", "sha256"}}
-    numbers = {"image_size": side, "representation_dim": width, "step": int(metadata["step"])}
+    numbers = {"image_size": side, "read_at": read_at, "representation_dim": width, "step": int(metadata["step"])}
     ours = known | numbers | {"jpeg_quality": json.loads(metadata["jpeg_quality"])}
     config = dict(for_timm)
     if "pretrained_cfg" in config:
-        config["pretrained_cfg"] = config["pretrained_cfg"] | {"mean": mean, "std": std}
+        input_size = [3, read_at, read_at]
+        config["pretrained_cfg"] = config["pretrained_cfg"] | {"mean": mean, "std": std, "input_size": input_size}
     return config | {
         "simclr": {
             "format": _FORMAT,

@@ -51,6 +51,12 @@ class Measured:
         row: Mapping[str, Any] = self.found["rows"][-1]
         return row
 
+    @property
+    def read_at(self) -> int | None:
+        """Side in pixels that images were resized to for the encoder; None if they were read as stored."""
+        read_at: int | None = self.own.get("image_size")  # earlier versions read all as stored
+        return None if read_at == self.found["test_facts"]["height"] else read_at
+
 
 def render(
     pretrained: Pretrained,
@@ -70,7 +76,8 @@ def render(
         license_id: As the hub writes it.
     """
     run = pretrained.path.parent
-    probes, others = [], []
+    probes: list[Measured] = []
+    others: list[Measured] = []
     for probe in _probes(run):
         (probes if _is_of(probe, pretrained) else others).append(probe)
     templates = jinja2.Environment(

@@ -132,7 +132,7 @@ def _is_same(model: nn.Module, encoder: nn.Module, image: Tensor) -> bool:
 
 
 def _config(plain: nn.Module, arguments: dict[str, int], encoder: nn.Module, image: Tensor) -> dict[str, Any]:
-    """Return what timm reads from a config.json, but for the images' normalisation."""
+    """Return what timm reads from a config.json, but for the images' size and normalisation."""
     known: dict[str, Any] = dict(plain.pretrained_cfg)  # type: ignore[arg-type]  # an attribute that timm adds
     with torch.inference_mode():
         width = encoder(image[:1]).shape[1]
@@ -144,7 +144,6 @@ def _config(plain: nn.Module, arguments: dict[str, int], encoder: nn.Module, ima
         "pretrained_cfg": {
             **{name: known[name] for name in ("first_conv", "classifier") if known.get(name)},
             "num_classes": 0,
-            "input_size": [3, *image.shape[-2:]],
             "fixed_input_size": bool(arguments),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
