@@ -1,4 +1,4 @@
-"""The representations of any folder of images, as a table for other programs.
+"""The representations of any folder of images, or of a .beton file, as a table for other programs.
 
     python -m simclr.embed --run results/cifar10-simclr-100-seed0 --images photos --output features.parquet
     python -m simclr.embed --run results/cifar10-simclr-100-seed0/encoder --images photos --output features.npy
@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.convert import map_in_order
-from data_prep.find import all_images, as_text
+from data_prep.find import Found, all_images, as_text
 from data_prep.image_folder import list_unreadable, refusal, summary
 from data_prep.read_image import Loaded, load
 from simclr import beton
@@ -57,7 +57,8 @@ class Options:
     run: Path
     """A run's folder, a checkpoint, or what ``python -m simclr.export`` wrote."""
     images: Path
-    """A folder: every image in it and in the folders below, with or without classes."""
+    """A folder: every image in it and in the folders below, with or without classes. Or FILE.beton, whose images are
+    named by their class and number, such as cat/17."""
     output: Path
     """FILE.parquet, or FILE.npy with FILE.json beside it."""
     unreadable: Literal["refuse", "skip"] = "refuse"
@@ -88,10 +89,9 @@ def main(options: Options) -> Path:
     writer = _writer_for(options.output)
     device = _device(options.device)
     encoder = open_encoder(options.run, device, options.image_size)
-    names, found = all_images(options.images)
-    listed = [Listed.of(options.images, name) for name in names]
+    images = (open_beton if options.images.suffix == ".beton" else open_folder)(options.images, encoder)
     job = _job(encoder, options.precision, device)
-    digest = _digest(job, listed)
+    digest = _digest(job, images.listed)
     partial = options.output.with_name(options.output.name + ".partial")
     if options.output.exists() and not options.force:
         if writer.digest(options.output) != digest:
@@ -100,22 +100,24 @@ def main(options: Options) -> Path:
                 "choose another --output"
             )
         shutil.rmtree(partial, ignore_errors=True)
-        print(f"{options.output}: already there, of the same {len(names):,} images and the same encoder")
+        print(f"{options.output}: already there, of the same {len(images.listed):,} images and the same encoder")
         return options.output
     print(f"encoder:    {options.run} ({encoder.metadata['encoder']}, step {encoder.metadata.get('step', 'unknown')})")
-    print(f"images:     {options.images}: {len(names):,} files, brought to {encoder.image_size} x {encoder.image_size}")
+    side, read_at = encoder.image_size, encoder.read_at
+    then = f", read at {read_at} x {read_at}" if read_at != side else ""
+    print(f"images:     {options.images}: {len(images.listed):,} images, brought to {side} x {side}{then}")
     print(f"device:     {device}, {options.precision}", flush=True)
     with Journal.open(partial, job, width=job["width"], anew=options.force) as journal:
-        reasons = compute(encoder, options, listed, journal, device)
+        reasons = compute(encoder, images, journal, options, device)
         bad_files = options.output.with_name(options.output.name + ".unreadable.txt")
         if reasons:
             list_unreadable(reasons, bad_files)
             if options.unreadable == "refuse":
                 raise ValueError(f"{refusal(reasons, bad_files)}. What the others gave is kept in {partial}")
-            found.left_out[f"files that cannot be read, listed in {bad_files}", ""] += len(reasons)
+            images.found.left_out[f"files that cannot be read, listed in {bad_files}", ""] += len(reasons)
         else:
             bad_files.unlink(missing_ok=True)  # an earlier attempt's
-        rows = [journal.done[entry.name] for entry in listed if options.images / entry.name not in reasons]
+        rows = [journal.done[entry.name] for entry in images.listed if options.images / entry.name not in reasons]
         if not rows:
             raise ValueError(f"not one image of {options.images} is readable; nothing was written")
         about = {"digest": digest, **job, "images": str(options.images), "num_images": len(rows)}
@@ -123,7 +125,7 @@ def main(options: Options) -> Path:
     shutil.rmtree(partial)
     changes = sum((Counter(row.changes) for row in rows), Counter())
     outcome = f"{options.output}: {len(rows):,} images, {job['width']} numbers each"
-    print(summary(found, [outcome], changes))
+    print(summary(images.found, [outcome], changes))
     return options.output
 
 
@@ -146,16 +148,62 @@ def open_encoder(path: Path, device: torch.device, read_at: int | None = None) -
     return Encoder(pretrained.model.encoder.to(device).eval(), metadata_of(pretrained, read_at))
 
 
+@dataclass(frozen=True)
+class Images:
+    """What is embedded."""
+
+    listed: Sequence[Listed]
+    read: Callable[[Listed], Loaded | str]
+    """An image of the encoder's size, or why there is none."""
+    found: Found
+    """What is left out."""
+
+
+def open_folder(folder: Path, encoder: Encoder) -> Images:
+    """List every image below a folder. Raises ConversionError if there is none."""
+    names, found = all_images(folder)
+
+    def read(entry: Listed) -> Loaded | str:
+        loaded = load(folder / entry.name, encoder.image_size)
+        return as_stored(loaded, encoder) if isinstance(loaded, Loaded) else loaded
+
+    return Images([Listed.of(folder, name) for name in names], read, found)
+
+
+def open_beton(path: Path, encoder: Encoder) -> Images:
+    """Take the images of a converted file, in its order.
+
+    Raises:
+        BetonError: If it is damaged.
+        ValueError: If its images have another size than those pretrained on.
+    """
+    facts = beton.verify(path)
+    side = encoder.image_size
+    if (facts.height, facts.width) != (side, side):
+        raise ValueError(
+            f"{path} holds images of {facts.height} x {facts.width} pixels, but the encoder takes {side} x {side}; "
+            "convert them to that size, or name the folder that they came from"
+        )
+    pixels, labels = beton.read(path)
+
+    def listed(i: int) -> Listed:
+        label = int(labels[i])
+        # Told apart by the whole file's content: its images have no dates of their own.
+        return Listed(f"{facts.classes[label]}/{i}" if label >= 0 else str(i), i, int(facts.content_sha256[:15], 16))
+
+    return Images([listed(i) for i in range(len(labels))], lambda entry: Loaded(pixels[entry.size], False, ()), Found())
+
+
 def compute(
-    encoder: Encoder, options: Options, listed: Sequence[Listed], journal: Journal, device: torch.device
+    encoder: Encoder, images: Images, journal: Journal, options: Options, device: torch.device
 ) -> dict[Path, str]:
     """Compute what the journal does not hold yet.
 
     Args:
         encoder: On ``device``.
-        options: What was asked for.
-        listed: The images.
+        images: What is asked for.
         journal: Gets each batch as soon as it is computed.
+        options: How.
         device: Where to compute.
 
     Returns:
@@ -164,21 +212,18 @@ def compute(
     Raises:
         DivergedError: If a representation is not finite.
     """
+    listed = images.listed
     missing = [entry for entry in listed if not journal.holds(entry)]
     if len(missing) < len(listed):
         print(f"resumed:    {len(listed) - len(missing):,} images were computed before", flush=True)
     reasons: dict[Path, str] = {}
     started = time.perf_counter()
 
-    def read(entry: Listed) -> Loaded | str:
-        loaded = load(options.images / entry.name, encoder.image_size)
-        return as_stored(loaded, encoder) if isinstance(loaded, Loaded) else loaded
-
     with (
         ThreadPoolExecutor(host.usable_cores()) as pool,
         tqdm(total=len(listed), initial=len(listed) - len(missing), unit=" images", disable=None) as progress,
     ):
-        batches = map_in_order(pool, read, missing, options.batch_size)
+        batches = map_in_order(pool, images.read, missing, options.batch_size)
         for number, results in enumerate(batches):
             entries = missing[number * options.batch_size : (number + 1) * options.batch_size]
             good = [(entry, found) for entry, found in zip(entries, results, strict=True) if isinstance(found, Loaded)]
@@ -186,8 +231,8 @@ def compute(
                 if not isinstance(found, Loaded):
                     reasons[options.images / entry.name] = found
             if good:
-                images = torch.from_numpy(np.stack([found.pixels for _, found in good]))
-                features = embed(encoder, images.to(device), options.precision).cpu().numpy()
+                pixels = torch.from_numpy(np.stack([found.pixels for _, found in good]))
+                features = embed(encoder, pixels.to(device), options.precision).cpu().numpy()
                 if not np.isfinite(features).all():
                     raise DivergedError(
                         f"representations of {as_text(good[0][0].name)} and others are not finite: the encoder's "
@@ -240,7 +285,9 @@ class Listed:
     name: str
     """Below the folder, with / between its parts."""
     size: int
+    """In bytes; of an image in a .beton file, its number."""
     modified_ns: int
+    """When it was changed last; in a .beton file, what tells the file's content from others'."""
     changes: tuple[str, ...] = ()
     """What was done to it, in words that follow a number of images."""
 

@@ -6,6 +6,8 @@ Runs every Python line of each folder's model card, in that folder, and compares
 there. At the end torch.hub loads the same from a copy of the repository. Prints what was compared, by folder, as JSON.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.abc
 import json
@@ -13,6 +15,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -22,20 +25,20 @@ import torch
 class Absent(importlib.abc.MetaPathFinder):
     """Lets no part of this project be imported, however it is installed."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname.split(".")[0] in {"simclr", "data_prep", "hubconf", "linear_probe", "train_simclr", "tests"}:
             raise ModuleNotFoundError(fullname)
 
 
-def is_as_expected(found) -> bool:
+def is_as_expected(found: Any) -> bool:
     expected = np.load("expected.npy")
-    return np.abs(np.asarray(found) - expected).max() <= 1e-4 * np.abs(expected).max()
+    return bool(np.abs(np.asarray(found) - expected).max() <= 1e-4 * np.abs(expected).max())
 
 
 def run_card() -> list[str]:
     """Run the lines in one namespace, as a reader would; return which files gave the expected numbers."""
-    names: dict = {}
-    compared = []
+    names: dict[str, Any] = {}
+    compared: list[str] = []
     for block in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL):
         names.pop("representation", None)
         exec(block, names)
@@ -54,7 +57,7 @@ def run_timm_by_folder() -> list[str]:
     mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     model = timm.create_model(f"local-dir:{Path.cwd()}", pretrained=True).eval()
-    tuned = timm.create_model(f"local-dir:{Path.cwd()}", pretrained=True, num_classes=7).eval()
+    tuned: Any = timm.create_model(f"local-dir:{Path.cwd()}", pretrained=True, num_classes=7).eval()
     with torch.no_grad():
         assert is_as_expected(model(x))
         assert tuned(x).shape == (len(x), 7)
@@ -78,6 +81,7 @@ def main(repository: str, folders: list[str]) -> None:
     assert "simclr" not in sys.modules
 
     sys.meta_path.remove(absent)  # torch.hub brings the copy of the repository itself
+    load: Any = torch.hub.load
     for folder in folders:
         os.chdir(folder)
         config = json.loads(Path("config.json").read_text())["simclr"]
@@ -85,16 +89,16 @@ def main(repository: str, folders: list[str]) -> None:
         x = (torch.from_numpy(np.load("images.npy")).permute(0, 3, 1, 2) / 255 - mean) / std
         x = torch.nn.functional.interpolate(x, (config["read_at"],) * 2, mode="bilinear")
         try:
-            model = torch.hub.load(repository, "pretrained", folder, source="local")
+            model = load(repository, "pretrained", folder, source="local")
         except ValueError as error:
             compared[Path(folder).name].append(str(error))
             continue
         with torch.no_grad():
             assert is_as_expected(model(x))
         compared[Path(folder).name].append("hub")
-    model = torch.hub.load(repository, "encoder", "small_resnet_w8", image_size=16, source="local")
+    model = load(repository, "encoder", "small_resnet_w8", image_size=16, source="local")
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
-    assert Path(sys.modules["simclr"].__file__).is_relative_to(repository)
+    assert Path(str(sys.modules["simclr"].__file__)).is_relative_to(repository)
     print(json.dumps(compared))
 
 

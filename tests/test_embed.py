@@ -94,6 +94,12 @@ def test_they_are_the_probes_features_of_the_converted_images(
         assert part in text
     assert "1 images with hidden names" in text
 
+    # The converted file itself: the same by number, to the bit, as all are one batch in either case
+    main(Options(tmp_path / "run", tmp_path / "train.beton", tmp_path / "c.npy"))
+    names, found = read_npy(tmp_path / "c.npy")
+    assert names == [f"{name.split('/')[0]}/{i}" for i, name in enumerate(in_order)]
+    np.testing.assert_array_equal(found, expected[None])
+
     # Another side, other batches, and an export in place of the run
     export(ExportOptions(tmp_path / "run", tmp_path / "out", program=False))
     main(Options(tmp_path / "out", photos, tmp_path / "b.npy", batch_size=2, image_size=24))
@@ -101,7 +107,7 @@ def test_they_are_the_probes_features_of_the_converted_images(
     by_name = dict(zip(names, found, strict=True))
     np.testing.assert_allclose(np.stack([by_name[name] for name in in_order]), expected[24], rtol=1e-4, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["photos", "train.beton", "train.beton.json", "run", "out", "a.parquet", "b.npy", "b.json"]
+        ["photos", "train.beton", "train.beton.json", "run", "out", "a.parquet", "b.npy", "b.json", "c.npy", "c.json"]
     )
 
 
@@ -254,6 +260,7 @@ def test_names_in_any_bytes_and_bad_input(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "film.mov").touch()
+    convert_found(find(photos), tmp_path / "larger.beton", 24, "refuse", Storage())
     for options, message in (
         (Options(run, photos, tmp_path / "a.csv"), "expected a file ending in .parquet or .npy"),
         (Options(run, photos, photos), "expected a file ending"),
@@ -261,6 +268,8 @@ def test_names_in_any_bytes_and_bad_input(
         (Options(run, empty, tmp_path / "b.npy"), r"no images that can be taken, only: 1 videos: .*\.mov"),
         (Options(tmp_path / "none", photos, tmp_path / "b.npy"), "none"),
         (Options(run, photos, tmp_path / "b.npy", device="cuda:77"), "--device cuda:77: "),
+        (Options(run, tmp_path / "none.beton", tmp_path / "b.npy"), r"none\.beton"),
+        (Options(run, tmp_path / "larger.beton", tmp_path / "b.npy"), "24 x 24 pixels, but the encoder takes 16 x 16"),
     ):
         with pytest.raises((ValueError, ConversionError), match=message):
             main(options)

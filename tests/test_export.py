@@ -138,9 +138,9 @@ def test_every_way_out_gives_the_probes_features_in_a_process_without_this_proje
     expect(tmp_path / "larger", larger, size=24)
 
     names = ["all", "cifar", "original", "own", "larger"]
-    command = [sys.executable, "-I", Path(__file__).with_name("clean_process.py"), ROOT]
-    folders = [str(tmp_path / name) for name in names]
-    done = subprocess.run([*command, *folders], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    words = [Path(__file__).with_name("clean_process.py"), ROOT, *(tmp_path / name for name in names)]
+    command = [sys.executable, "-I", *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     compared = json.loads(done.stdout)
     refusal = compared["own"].pop()
@@ -157,10 +157,9 @@ def test_every_way_out_gives_the_probes_features_in_a_process_without_this_proje
 
 def test_the_card_states_what_was_measured_on_these_weights_and_how(small: Path) -> None:
     text = (small / CARD).read_text(encoding="utf-8")
-    data = huggingface_hub.ModelCard(text).data
+    data: Any = huggingface_hub.ModelCard(text).data
     assert (data.license, data.pipeline_tag, data.get("library_name")) == ("mit", "image-feature-extraction", None)
     assert {"timm", "simclr", "arxiv:2002.05709"} <= set(data.tags or ())
-    assert data.eval_results is not None
     found = {(result.metric_name, result.metric_value, result.dataset_type) for result in data.eval_results}
     assert found == {
         ("kNN (k = 3), accuracy in %", 75.54, "cifar10"),
