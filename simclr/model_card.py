@@ -104,7 +104,7 @@ def render(
         others=others,
         manifest=runlog.read_manifest(run),
         describe=describe,
-        view_stages=say_view_stages(pretrained.config.view_stages, pretrained.facts.height),
+        view_stages=say_view_stages(pretrained.config.view_stages, pretrained.facts.height, pretrained.config.epochs),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
