@@ -140,6 +140,20 @@ def test_after_an_interruption_anywhere_only_the_rest_is_computed(
         np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "whole.npy"), rtol=1e-4, atol=1e-5)
         (tmp_path / "a.npy").unlink()
 
+    # Twice: what goes on behind a line that was cut off can be gone on from again
+    partial.mkdir()
+    for name, content in kept.items():
+        (partial / name).write_bytes(content[:-3] if name == "files.jsonl" else content)
+    (photos / "cat" / "bad.jpg").touch()
+    with pytest.raises(ValueError, match="1 unreadable images"):
+        main(options)
+    (photos / "cat" / "bad.jpg").unlink()
+    capsys.readouterr()
+    main(options)
+    assert "resumed:    9 images" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "whole.npy"), rtol=1e-4, atol=1e-5)
+    (tmp_path / "a.npy").unlink()
+
     # Numbers that were cut off, too; a file that is another one now; and one more
     for name, content in kept.items():
         partial.mkdir(exist_ok=True)
