@@ -21,6 +21,7 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from simclr import parts
 from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
 from simclr.run.checkpoint import CheckpointError, Pretrained
@@ -37,6 +38,8 @@ class Options:
     """A run's folder, which stands for its simclr_best_epoch.pt, or a checkpoint."""
     output: Path | None = None
     """Default: encoder.safetensors beside the checkpoint."""
+    parts: Path | None = None
+    """The file that the run was trained with, if it has parts of its own; it is executed."""
 
 
 def export_encoder(pretrained: Pretrained, path: PathLike) -> None:
@@ -116,6 +119,8 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 @files.explain_refusals()
 def main(options: Options) -> Path:
     """Export, and return where to."""
+    if options.parts is not None:
+        parts.load(options.parts)
     pretrained = checkpoint.load_pretrained(options.run)
     path = options.output or pretrained.path.with_name(NAME)
     export_encoder(pretrained, path)

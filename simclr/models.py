@@ -17,14 +17,16 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from simclr import parts
 from simclr.batch_norm import replace_batch_norm, require_known_batch_norm
 from simclr.schema import Size, check_fields
 
 Stem = Literal["auto", "cifar", "patch2", "original"]
-ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
 
 # Below this side an ImageNet stem, which divides it by 4, throws most of the image away.
 SMALL_IMAGE = 64
+
+_SMALL_RESNET = re.compile(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?")
 
 # Input channels that a 1x1 convolution with a stride must have: see _require_right_gradients.
 _FEWEST_CHANNELS = 8
@@ -35,18 +37,19 @@ class ModelConfig:
     """What to build."""
 
     encoder: str = "resnet18"
-    """Any timm model name, or small_resnet_wN (N: width of the first stage, 8 or more): one basic block per stage at
-    widths N, 2N, 4N, for CPUs. _dD behind a timm ResNet or a small one: a 1x1 convolution at the end that widens the
-    representation to D, such as resnet18_d2048."""
+    """Any timm model name, also one that --parts registers. Or small_resnet_wN (N: width of the first stage, 8 or
+    more): one basic block per stage at widths N, 2N, 4N, for CPUs. _dD behind a timm ResNet or a small one: a 1x1
+    convolution at the end that widens the representation to D, such as resnet18_d2048."""
 
     stem: Stem = "auto"
     """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
     stride 2, no max-pool (a quarter of the compute). original: timm's own. auto: cifar for images of at most 64
-    pixels, patch2 for small_resnet, else original."""
+    pixels, patch2 for small_resnet, else original; an encoder of your own stays as it is."""
 
-    projector: ProjectorKind = "simclr2"
+    projector: str = "simclr2"
     """simclr2: linear-ReLU-linear (SimCLR). simclr3: three layers with batch normalisation after each (SimCLR v2).
-    barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity."""
+    barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity. Or one that
+    --parts registers."""
 
     projector_hidden: Size = 512
     """Width of the projector's hidden layers."""
@@ -81,6 +84,8 @@ class SimCLR(nn.Module):
         self.encoder = make_encoder(config.encoder, config.stem, image_size)
         self.representation_dim = _output_width(self.encoder, image_size)
         self.projector = make_projector(config, self.representation_dim)
+        if config.projector in parts.PROJECTORS:
+            _require_projections(config.projector, self.projector, self.representation_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and project.
@@ -118,19 +123,16 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         assert isinstance(stage, nn.Sequential)
         stage.append(_widen(encoder.num_features, int(widened[2])))
         return encoder
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
-        raise ValueError(
-            f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD"
-        )
-    if stem == "auto":
-        stem = "cifar" if image_size <= SMALL_IMAGE else "original"
+    require_known_encoder(name)
     try:
         facts = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise ValueError(
             f"timm has no model named {name!r}: {error} (the weights are random, so no tag is needed)"
         ) from error
+    if stem == "auto":
+        # Of an encoder that somebody has registered timm knows nothing, so it stays as it is.
+        stem = "cifar" if image_size <= SMALL_IMAGE and facts is not None else "original"
     first_conv = facts.first_conv if facts else None
     is_transformer = isinstance(first_conv, str) and first_conv.startswith("patch_embed")
     if is_transformer:
@@ -146,6 +148,23 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
             _fit_first_layers(encoder, first_conv, stem, name)
     _require_right_gradients(encoder, name)
     return encoder
+
+
+def require_known_encoder(name: str) -> None:
+    """Raise ValueError, with names that are near, if :func:`make_encoder` knows no such encoder."""
+    name_of_timm = re.sub(r"^(resnet\d+)_d[1-9]\d*$", r"\1", name)
+    if name.startswith("small_resnet_w"):
+        if not _SMALL_RESNET.fullmatch(name):
+            raise ValueError(
+                f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48, or with _d "
+                "and the representation's width, such as small_resnet_w48_d768"
+            )
+    elif not timm.is_model(name_of_timm):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
+        raise ValueError(
+            f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD; or "
+            "one that --parts registers"
+        )
 
 
 def _require_right_gradients(encoder: nn.Module, name: str) -> None:
@@ -166,7 +185,10 @@ def _require_right_gradients(encoder: nn.Module, name: str) -> None:
 
 
 def make_projector(config: ModelConfig, representation_dim: int) -> nn.Module:
-    """Return the projector (b, D) -> (b, d)."""
+    """Return the projector (b, D) -> (b, d). Raises ValueError if none has this name."""
+    parts.PROJECTORS.require(config.projector, "model.projector")
+    if config.projector in parts.PROJECTORS:
+        return parts.PROJECTORS[config.projector](representation_dim, config)
     hidden, out = config.projector_hidden, config.projection_dim
     if config.projector == "none":
         return nn.Identity()
@@ -206,12 +228,9 @@ def count_parameters(module: nn.Module) -> int:
 
 def _small_resnet(name: str) -> nn.Module:
     """Return small_resnet_wN or small_resnet_wN_dD, with timm's first layers."""
-    match = re.fullmatch(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?", name)
-    if match is None:
-        raise ValueError(
-            f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48, or with _d and "
-            "the representation's width, such as small_resnet_w48_d768"
-        )
+    require_known_encoder(name)
+    match = _SMALL_RESNET.fullmatch(name)
+    assert match is not None
     width = int(match[1])
     # Blocks that begin as the identity, timm's default, help deep networks; this one learns faster without.
     encoder: nn.Module = ResNet(
@@ -270,6 +289,19 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
         except AttributeError:
             continue
         setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
+
+
+def _require_projections(name: str, projector: nn.Module, representation_dim: int) -> None:
+    """Check what a projector promises that somebody has registered: (b, D) -> (b, d)."""
+    was_training = projector.training
+    try:
+        with torch.no_grad():
+            z = projector.eval()(torch.zeros(2, representation_dim))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the projector {name} cannot take (2, {representation_dim}): {error}") from error
+    projector.train(was_training)
+    if z.ndim != 2 or len(z) != 2:
+        raise ValueError(f"the projector {name} returns shape {tuple(z.shape)} for 2 representations, expected (2, d)")
 
 
 def _output_width(encoder: nn.Module, image_size: int) -> int:

@@ -18,7 +18,6 @@ from simclr.batch_norm import GlobalBatchNorm
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import (
     ModelConfig,
-    ProjectorKind,
     SimCLR,
     Stem,
     count_parameters,
@@ -158,7 +157,7 @@ LINEAR, NORM, RELU = nn.Linear, nn.BatchNorm1d, nn.ReLU
         ("barlow3", False, [LINEAR, NORM, RELU, LINEAR, NORM, RELU, LINEAR], [False, False, False]),
     ],
 )
-def test_projectors(kind: ProjectorKind, batch_norm: bool, layers: list[type], biases: list[bool]) -> None:
+def test_projectors(kind: str, batch_norm: bool, layers: list[type], biases: list[bool]) -> None:
     config = ModelConfig(projector=kind, projector_hidden=7, projection_dim=5, projector_batch_norm=batch_norm)
     projector = make_projector(config, 11)
     assert [type(layer) for layer in projector.children()] == layers

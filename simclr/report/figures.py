@@ -51,7 +51,16 @@ def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisati
     which = np.unique(np.linspace(0, facts.num_images - 1, _NUM_PICTURED).astype(np.int64))
     (batch,) = source.batches(EpochPlan(which, len(which), shuffle=False))
     views = two_views(
-        batch.image, batch.index, run.view_1, run.view_2, seed=run.seed, epoch=0, size=facts.height, mean=mean, std=std
+        batch.image,
+        batch.index,
+        run.view_1,
+        run.view_2,
+        seed=run.seed,
+        epoch=0,
+        size=facts.height,
+        mean=mean,
+        std=std,
+        augmentation=run.augmentation,
     )
 
     def pixels(view: Tensor) -> NDArray[np.uint8]:

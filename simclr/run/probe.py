@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import beton, report
+from simclr import beton, parts, report
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, default_num_validation
 from simclr.data import ImageSource, open_images, validation_split
@@ -71,6 +71,8 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         ValueError: If the run, the data and the configuration do not fit together; the message says what to do.
     """
     require_safe_loading()
+    if config.parts is not None:
+        parts.load(config.parts)
     device = choose_device(config)
     pretrained = load_pretrained(config.run, device)
     folder = pretrained.path.parent
