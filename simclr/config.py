@@ -28,6 +28,7 @@ Batch = Annotated[Size, Must(lambda value: value >= 2, "at least 2, since an ima
 Timeout = Annotated[float, Must(lambda value: 0 < value <= 1e9, "> 0, and at most 1e9")]
 ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
 Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
+Fraction = Annotated[float, Must(lambda value: 0 < value <= 1, "above 0, and at most 1")]
 Loader = Literal["auto", "ffcv", "memory"]
 CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
 
@@ -406,7 +407,7 @@ class ProbeConfig:
 
     output: Path | None = None
     """Where simclr_lin_best.pt, the figures and the report go. Default: in the run's folder, probe-linear,
-    probe-linear-augmented or probe-finetune."""
+    probe-linear-augmented or probe-finetune, with few labels followed by -labels- and the fraction."""
 
     mode: Literal["linear", "finetune"] = "linear"
     """linear: the encoder stays frozen, which is proven. finetune: it is trained too, from the pretrained weights."""
@@ -437,6 +438,12 @@ class ProbeConfig:
     """Images of the training file held out to choose on. Default: those that the run measured kNN on; a tenth, at most
     5,000, of a file of another size."""
 
+    label_fraction: Fraction = 1.0
+    """Share of the training file's labels that are used at all, such as 0.01 or 0.1: drawn by the seed, as many of each
+    class, and written to labels.json. A fifth of them is held out to choose on (num_validation has no meaning then), a
+    folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of the images
+    fitted on."""
+
     knn_neighbours: Size | None = None
     """Default: 20, or as many as there are."""
 
@@ -455,6 +462,8 @@ class ProbeConfig:
         schema.check_fields(self)
         reads_plain = self.mode == "linear" and self.features == "cached"
         require(reads_plain or not self.image_sizes, "image_sizes", self.image_sizes, "none with views or fine-tuning")
+        if self.label_fraction < 1:
+            require(self.num_validation is None, "num_validation", self.num_validation, "none with a label_fraction")
         for name, candidates in _CANDIDATES[self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)

@@ -68,7 +68,7 @@ def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisati
         array: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return array
 
-    names = tuple(facts.classes[label] for label in batch.label.tolist())
+    names = tuple(facts.classes[label] if label >= 0 else "no label" for label in batch.label.tolist())
     return ViewPairs(batch.image.cpu().numpy(), pixels(views[0]), pixels(views[1]), names)
 
 
