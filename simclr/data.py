@@ -202,7 +202,7 @@ def few_labels(
         ValueError: If a class gives fewer than 2 images.
 
     Source:
-        Chen et al. 2020, arXiv:2002.05709, section 3.3 and appendix B.8: 1 % and 10 %, balanced by class.
+        Chen et al. 2020, arXiv:2002.05709, section 6 and appendix B.5: 1 % and 10 %, balanced by class.
     """
     num_labelled = int((labels >= 0).sum())
     k = math.floor(fraction * num_labelled / num_classes + 0.5)

@@ -444,13 +444,14 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
 def _require_parts(payload: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError if the run has parts of its own whose file was not loaded. It is not executed unasked."""
     config = json.loads(payload["config"])
-    file, sha256 = config.get("parts"), config.get("parts_sha256")
-    if not sha256 or parts.is_loaded(sha256):
+    file, sha256 = (config.get(name) if isinstance(config, dict) else None for name in ("parts", "parts_sha256"))
+    if not isinstance(sha256, str) or not isinstance(file, str) or not sha256 or parts.is_loaded(sha256):
         return
     copies = [
         folder / PARTS for folder in (path.parent, path.parent.parent)
     ]  # a classifier lies in a folder of its own
-    unchanged = [str(at) for at in (file, *copies) if parts.has_content(at, sha256)]
+    candidates: list[str | Path] = [file, *copies]
+    unchanged = [str(at) for at in candidates if parts.has_content(at, sha256)]
     if unchanged:
         way_out = f"--parts {unchanged[0]}, or in Python simclr.parts.load({unchanged[0]!r}) before"
     else:
