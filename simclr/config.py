@@ -385,6 +385,10 @@ LIGHT_VIEW = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_p
 
 _CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
     "linear": {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "weight_decays": (0.0, 1e-5, 1e-4, 1e-3)},
+    "linear, few labels": {
+        "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "weight_decays": (0.0, 1e-3, 1e-2, 0.1),
+    },
     "finetune": {"learning_rates": (0.01, 0.03, 0.1), "weight_decays": (5e-4,)},
 }
 
@@ -431,7 +435,8 @@ class ProbeConfig:
     (linear), 0.01 0.03 0.1 (finetune)."""
 
     weight_decays: tuple[NotNegative, ...] = ()
-    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 5e-4 (finetune)."""
+    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 0 1e-3 1e-2 1e-1 (linear, few labels), 5e-4
+    (finetune)."""
 
     momentum: Momentum = 0.9
     num_validation: Size | None = None
@@ -464,7 +469,8 @@ class ProbeConfig:
         require(reads_plain or not self.image_sizes, "image_sizes", self.image_sizes, "none with views or fine-tuning")
         if self.label_fraction < 1:
             require(self.num_validation is None, "num_validation", self.num_validation, "none with a label_fraction")
-        for name, candidates in _CANDIDATES[self.mode].items():
+        has_few_labels = self.mode == "linear" and self.label_fraction < 1
+        for name, candidates in _CANDIDATES["linear, few labels" if has_few_labels else self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
 
