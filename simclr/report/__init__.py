@@ -113,7 +113,9 @@ def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str
         environments=_environments(result),
         edge=at_edge(result.config, result.scores.chosen),
         describe=describe,
-        view_stages=say_view_stages(result.pretraining.view_stages, result.pretraining_facts.height),
+        view_stages=say_view_stages(
+            result.pretraining.view_stages, result.pretraining_facts.height, result.pretraining.epochs
+        ),
         classifier_file=CLASSIFIER,
         result_file=RESULT,
         labels_file=LABELS,

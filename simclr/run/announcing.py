@@ -59,7 +59,7 @@ def say_start(
     print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
     for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
         print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
-    print(f"view side:  {say_view_stages(config.view_stages, facts.height)}")
+    print(f"view side:  {say_view_stages(config.view_stages, facts.height, config.epochs)}")
     if config.augmentation != "standard":
         print(f"views of:   {config.augmentation}, which has these settings at hand:")
     print(f"view 1:     {describe(config.view_1)}")
