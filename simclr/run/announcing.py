@@ -83,7 +83,7 @@ def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -
     if loss.name == "barlow_twins":
         return "the correlation of the whole batch, summed over devices"
     if loss.name != "nt_xent":
-        return f"of the whole batch, computed on each device; {loss.describe()}"
+        return f"of the whole batch, computed on each device; {loss.describe().removeprefix(f'{loss.name}, ')}"
     choice = losses.choose_nt_xent(
         derived.per_device_batch_size,
         device,
