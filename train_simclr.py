@@ -189,8 +189,10 @@ def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
             kernels=run.config.speed.kernels,
             bf16_matmul=config.bf16_matmul,
         )
-    else:
+    elif config.name == "barlow_twins":
         loss = losses.barlow_twins(z1, z2, off_diagonal_weight=config.off_diagonal_weight)
+    else:
+        loss = losses.own_objective(config.name, z1, z2, dict(config.settings))
     loss = loss * config.scale
     run.accelerator.backward(loss)
     return loss

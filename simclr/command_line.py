@@ -5,6 +5,7 @@ python train_simclr.py cifar10-simclr-100 --data data/cifar10/train.beton --seed
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from simclr import parts
 from simclr.beton import BetonError, load_facts
 from simclr.config import TrainConfig
 from simclr.presets import DEFAULT, PRESETS
@@ -41,11 +43,28 @@ def parse_train_config(arguments: Sequence[str] | None = None, description: str 
     for option in sorted(options & _CHANGED_OPTIONS.keys()):
         print(f"{option} {_CHANGED_OPTIONS[option]}", file=sys.stderr)
         sys.exit(2)
+    try:
+        _load_parts(words)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     choices = {
         name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
     }
     config: TrainConfig = tyro.extras.overridable_config_cli(choices, args=words, description=description)
     return config if "--global-batch-size" in options else _fit_batch(config)
+
+
+def _load_parts(words: Sequence[str]) -> None:
+    """Execute the file of ``--parts``, so that the names in the other options are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--parts")
+    try:
+        path = parser.parse_known_args(words)[0].parts
+    except argparse.ArgumentError:
+        return  # --parts without a file, which is refused by what reads all options
+    if path not in (None, "None"):
+        parts.load(path)
 
 
 def _fit_batch(config: TrainConfig) -> TrainConfig:

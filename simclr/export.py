@@ -30,7 +30,7 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import model_card
+from simclr import model_card, parts
 from simclr.evaluation import Normalisation
 from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
@@ -66,6 +66,8 @@ class Options:
     encoder.onnx take images of the stored size and resize them inside. Default: as stored."""
     license: str | None = None
     """Of the weights, for the model card, as the Hugging Face hub writes it: mit, cc-by-4.0 and the like."""
+    parts: Path | None = None
+    """The file that the run was trained with, if it has parts of its own; it is executed."""
 
 
 class ImageEncoder(nn.Module):
@@ -381,6 +383,8 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 @files.explain_refusals()
 def main(options: Options) -> Path:
     """Export, and return the folder."""
+    if options.parts is not None:
+        parts.load(options.parts)
     return export(checkpoint.load_pretrained(options.run), options)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "simclr"
 METHOD = frozenset(
-    {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "presets"}
+    {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "parts", "presets"}
     | {"schema", "unit_length", "views"}
 )
 DOORS = {"losses": {"fast.tiled"}, "data": {"fast.ffcv_source"}}

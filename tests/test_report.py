@@ -81,6 +81,7 @@ def a_result(**changes: Any) -> ProbeResult:
         "train_facts": facts(1000),
         "test_facts": facts(400, split="test"),
         "num_fit": 900,
+        "num_labelled": 1000,
         "rows": (
             Row("raw pixels", 3072, 41.01, 40.02, dataclasses.replace(scores, test=39.03), 1.0),
             Row("untrained encoder", 512, 31.04, 30.05, dataclasses.replace(scores, test=29.06), 2.0),

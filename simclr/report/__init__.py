@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
 from simclr.beton import Facts
 from simclr.config import ProbeConfig
@@ -25,9 +26,20 @@ from simclr.run.checkpoint import CLASSIFIER
 from simclr.run.runlog import write_json
 from simclr.views import describe, say_view_stages
 
-__all__ = ["ProbeResult", "Row", "Scores", "Trial", "ViewPairs", "at_edge", "summary", "view_pairs", "write_report"]
+__all__ = [
+    "ProbeResult",
+    "Row",
+    "Scores",
+    "Trial",
+    "ViewPairs",
+    "at_edge",
+    "summary",
+    "view_pairs",
+    "write_labels",
+    "write_report",
+]
 
-MARKDOWN, HTML, RESULT = "report.md", "report.html", "probe.json"
+MARKDOWN, HTML, RESULT, LABELS = "report.md", "report.html", "probe.json", "labels.json"
 _CONVERSIONS = {
     "built-in shapes": "python -m data_prep shapes",
     "CIFAR-100": "python -m data_prep cifar100",
@@ -53,6 +65,14 @@ def write_report(folder: Path, result: ProbeResult, pairs: ViewPairs, metrics: S
     for name, markup in ((MARKDOWN, "markdown.jinja"), (HTML, "html.jinja")):
         (folder / name).write_text(render(markup, folder, result, figures), encoding="utf-8")
     return folder / HTML
+
+
+def write_labels(
+    folder: Path, train: Facts, config: ProbeConfig, *, fit: NDArray[np.int64], validation: NDArray[np.int64]
+) -> None:
+    """Write ``labels.json``: which training images had labels, for others to draw the same."""
+    about = {"label_fraction": config.label_fraction, "seed": config.seed, "content_sha256": train.content_sha256}
+    write_json(folder / LABELS, about | {"fit": fit.tolist(), "validation": validation.tolist()})
 
 
 def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str]) -> str:
@@ -98,6 +118,7 @@ def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str
         ),
         classifier_file=CLASSIFIER,
         result_file=RESULT,
+        labels_file=LABELS,
     )
     return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
 

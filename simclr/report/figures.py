@@ -51,7 +51,16 @@ def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisati
     which = np.unique(np.linspace(0, facts.num_images - 1, _NUM_PICTURED).astype(np.int64))
     (batch,) = source.batches(EpochPlan(which, len(which), shuffle=False))
     views = two_views(
-        batch.image, batch.index, run.view_1, run.view_2, seed=run.seed, epoch=0, size=facts.height, mean=mean, std=std
+        batch.image,
+        batch.index,
+        run.view_1,
+        run.view_2,
+        seed=run.seed,
+        epoch=0,
+        size=facts.height,
+        mean=mean,
+        std=std,
+        augmentation=run.augmentation,
     )
 
     def pixels(view: Tensor) -> NDArray[np.uint8]:
@@ -59,7 +68,7 @@ def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisati
         array: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return array
 
-    names = tuple(facts.classes[label] for label in batch.label.tolist())
+    names = tuple(facts.classes[label] if label >= 0 else "no label" for label in batch.label.tolist())
     return ViewPairs(batch.image.cpu().numpy(), pixels(views[0]), pixels(views[1]), names)
 
 

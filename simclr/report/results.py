@@ -80,7 +80,9 @@ class ProbeResult:
     train_facts: Facts
     test_facts: Facts
     num_fit: int
-    """Images of the training file that candidates were fitted on; the validation images are the others."""
+    """Images of the training file that candidates were fitted on."""
+    num_labelled: int
+    """Images of the training file whose labels were used: those, and the validation images."""
     rows: tuple[Row, ...]
     """The pretrained encoder stands last."""
     trials: tuple[Trial, ...]
