@@ -222,7 +222,6 @@ def measure_and_save(run: Run, meter: Meter, *, is_last: bool) -> None:
         is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
         progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
         run.log.write("knn", step=progress.step, epoch=run.epoch, knn_accuracy=accuracy)
-        run.accelerator.log({"knn_accuracy": accuracy}, step=progress.step)
         run.log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
     elif at_end:
         is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
