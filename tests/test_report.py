@@ -134,9 +134,9 @@ METRICS: list[dict[str, Any]] = [
 ]
 
 
-FIGURES = sorted(
-    [*(f"pretraining-{name}" for name in ("loss", "knn", "rate")), "curves-loss", "curves-accuracy", "confusion"]
-    + ["classes", "pairs-1", "neighbours-1", "map"]
+FIGURES = (
+    *("classes", "confusion", "curves-accuracy", "curves-loss", "map", "neighbours-1", "pairs-1"),
+    *("pretraining-knn", "pretraining-loss", "pretraining-rate"),
 )
 
 
@@ -281,11 +281,8 @@ def written_anew(folder: Path, result: ProbeResult, metrics: Sequence[Any] = MET
     """The report's text; its figures are left out unless they are asked for, as drawing them takes seconds."""
     names = {name.split("-")[0] for name in FIGURES} - (set() if metrics else {"pretraining"})
     names = {"curves" if name == "classes" else name for name in names}
-    with (
-        contextlib.nullcontext()
-        if draw
-        else mock.patch.object(report, "draw_all", return_value=dict.fromkeys(names, []))
-    ):
+    left_out = mock.patch.object(report, "draw_all", return_value={name: [] for name in names})
+    with contextlib.nullcontext() if draw else left_out:
         report.write_report(folder, result, some_pictures(len(result.test_facts.classes)), metrics)
     markdown, page = both(folder)
     assert len(page) > 0.5 * len(markdown)
@@ -362,24 +359,34 @@ def test_a_hundred_classes_one_epoch_and_divergence_are_drawn(tmp_path: Path) ->
     result = a_result(
         train_facts=facts(1000, classes=many), test_facts=facts(400, classes=many), confusion=confusion, curves=curves
     )
-    text = written_anew(tmp_path, result, draw=True)
-    assert not (tmp_path / "classes.png").exists()
+    text = written_anew(tmp_path, result)
+    assert "classes" not in figures.confusion_drawings(confusion, many)
     rows = [line for line in text.splitlines() if re.match(r"\| \d+ \| kind", line)]
     assert len(rows) == 100
     percent = 100 * 90 / confusion[7].sum()
     accuracy = 100 * confusion[7, 7] / confusion[7].sum()
     assert rows[7] == f"| 7 | {many[7]} | {accuracy:.1f} | {many[3]} ({percent:.0f} %) |"
     assert rows[5].split("|")[3:5] == [" – ", " – "]
-    with Image.open(tmp_path / "map.png") as legend, Image.open(tmp_path / "confusion.png") as picture:
-        assert legend.height > 1.5 * picture.height  # room for a hundred names
+    drawings = figures.curves_drawings(curves) | figures.confusion_drawings(confusion, many)
+    for _, make in drawings.values():
+        make(figures.DARK).draw_without_rendering()
 
 
-def test_a_class_has_its_own_colour_and_marker() -> None:
-    figure = figures.draw_map(some_pictures(100, 100).map, [f"kind {i}" for i in range(100)], figures.LIGHT)  # type: ignore[arg-type]
-    dots = figure.axes[0].collections
-    looks = {(tuple(dot.get_facecolor()[0]), dot.get_paths()[0].vertices.tobytes()) for dot in dots}
+def test_each_of_a_hundred_classes_has_its_own_colour_and_marker_and_a_place_in_the_legend() -> None:
+    points, names = some_pictures(100, 100).map, [f"kind {i}" for i in range(100)]
+    assert points is not None
+    figure = figures.draw_map(points, names, figures.LIGHT)
+    looks = {
+        (np.asarray(dots.get_facecolor()).tobytes(), np.asarray(dots.get_paths()[0].vertices).tobytes())
+        for dots in figure.axes[0].collections
+    }
     assert len(looks) == 100
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"kind {i}" for i in range(100)]
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    figure.draw_without_rendering()
+    place, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= place.x0 < place.x1 <= page.x1
+    assert page.y0 <= place.y0 < place.y1 < figure.axes[0].get_window_extent().y0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -388,9 +395,8 @@ def test_a_class_has_its_own_colour_and_marker() -> None:
 
 def test_every_figure_is_drawn_for_light_and_dark_pages(written: Path) -> None:
     page = (written / "report.html").read_text()
-    pictures = re.findall(
-        r'srcset="data:image/png;base64,([^"]+)">\s*<img alt="[^"]+" src="data:image/png;base64,([^"]+)"', page
-    )
+    data = 'data:image/png;base64,([^"]+)"'
+    pictures = re.findall(rf'srcset="{data}>\s*<img alt="[^"]+" src="{data}>', page)
     assert len(pictures) == len(FIGURES)
     for name, (dark, light) in zip(FIGURES, sorted(pictures), strict=True):
         corners = []
@@ -413,7 +419,7 @@ def test_the_report_is_written_as_pdf(tmp_path: Path) -> None:
     written_anew(tmp_path, a_result(config=dataclasses.replace(a_result().config, pdf=True)))
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF-")
-    assert len(re.findall(rb"/Type /Page\b", content)) > 3 or len(content) > 20_000
+    assert len(content) > 20_000
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -538,7 +544,7 @@ DONE = {"derived": {"total_steps": 400}, "environment": {}, "sessions": []}
         (steps() + knn(50, 60, 61), None),
         (steps(30), "300 of 400 steps were taken: the run did not reach its end"),
         (steps(loss=6.93), "loss went from 6.930 .* to 6.930"),
-        (steps(projection_spread=lambda i: 0.9 - i / 45), "^Collapsed: the projections' spread is 0.05"),
+        (steps(projection_spread=lambda i: 0.9 - i / 45), "^Collapsed: the projections' spread is 0.07"),
         (steps(projection_spread=0.3), "^Near collapse: .* 0.30"),
         (steps(skipped_steps=lambda i: i == 7), "^1 of 400 steps were left out"),
         (steps(images_per_second=lambda i: 100.0 if i % 5 == 0 and i else 1000.0), r"^Uneven speed: 7 of 39 lines"),
@@ -571,11 +577,9 @@ def test_the_top_of_the_report_says_how_the_run_is(tmp_path: Path) -> None:
     assert ill.index("Is this run healthy") < ill.index("**Look:** Collapsed") < ill.index("## Results")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(7.25, "7.2 s"), (59.99, "60.0 s"), (400, "6 min 40 s"), (7260, "2 h 01 min")]
-)
-def test_durations_in_words(seconds: float, said: str) -> None:
-    assert health.say_duration(seconds) == said
+def test_durations_in_words() -> None:
+    said = {7.25: "7.2 s", 59.99: "60.0 s", 400: "6 min 40 s", 7260: "2 h 01 min"}
+    assert {seconds: health.say_duration(seconds) for seconds in said} == said
 
 
 def test_own_photographs_are_not_compared_with_published_numbers(written: Path, tmp_path: Path) -> None:

@@ -315,10 +315,10 @@ def draw_confusion(percent: NDArray[np.float64], names: Sequence[str], theme: Th
     axes.set_xticks(range(c), written, fontsize=font, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(c), written, fontsize=font)
     for i, j in np.ndindex(c, c):
-        if round(percent[i, j]) >= 1:
-            is_strong = percent[i, j] > 55
-            colour = "white" if is_strong != is_dark else "black"
-            axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=font, color=colour)
+        value = float(percent[i, j])
+        if round(value) >= 1:
+            colour = "white" if (value > 55) != is_dark else "black"
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=font, color=colour)
     return figure
 
 
