@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -286,6 +285,37 @@ def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Band:
+    """A line, and the range around it."""
+
+    label: str
+    look: int
+    """Number of its colour and stroke, the same in every panel."""
+    places: Sequence[float]
+    mean: Sequence[float]
+    least: Sequence[float]
+    largest: Sequence[float]
+
+
+def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) -> Figure:
+    """Return lines with their ranges, and a legend below."""
+    figure, axes = panel_figure(title, 3.0 + 0.2 * len(bands))
+    colours = [theme.blue, theme.orange, theme.green, "#CC79A7", "#E69F00", "#8888DD"]
+    looks = [(colour, stroke) for stroke in ("-", "--", ":", "-.") for colour in colours]
+    for band in bands:
+        colour, stroke = looks[band.look % len(looks)]
+        marker = "o" if len(band.places) < 30 else ""
+        axes.plot(
+            band.places, band.mean, stroke, color=colour, marker=marker, markersize=4, label=shortened(band.label, 60)
+        )
+        if list(band.least) != list(band.largest):
+            axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
+    axes.set_xlabel(against)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9, borderpad=0)
+    return figure
+
+
 def confusion_drawings(confusion: NDArray[np.int64], names: Sequence[str]) -> dict[str, Drawing]:
     """Return the confusion matrix, each row in percent of its true class, and up to 20 classes' accuracies."""
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -356,12 +386,6 @@ def bare(axes: Axes) -> None:
     axes.grid(visible=False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-
-
-def colours_and_lines(theme: Theme) -> Iterator[tuple[str, str]]:
-    """Return colours, then the same with other strokes, without an end."""
-    colours = [theme.blue, theme.orange, theme.green, "#CC79A7", "#E69F00", "#8888dd"]
-    return cycle([(colour, line) for line in ("-", "--", ":", "-.") for colour in colours])
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
