@@ -9,7 +9,6 @@ the test images are measured, and choose nothing. Runs in one process, on the fi
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import sys
@@ -122,8 +121,8 @@ class Measured:
     """Of the encoder as it was given, before any fine-tuning."""
 
 
-def features_of(probe: Probe, encoder: nn.Module, source: ImageSource) -> Features:
-    """Return the representations of all images of a file, normalised as in pretraining."""
+def features_of(probe: Probe, encoder: nn.Module, source: ImageSource, size: int | None = None) -> Features:
+    """Return the representations of all images of a file, normalised as in pretraining, read at side ``size``."""
     return evaluation.extract_features(
         encoder,
         source,
@@ -131,14 +130,28 @@ def features_of(probe: Probe, encoder: nn.Module, source: ImageSource) -> Featur
         device=probe.device,
         dtype=evaluation.autocast_dtype(probe.config),
         normalisation=probe.pretrained.facts.normalisation,
+        size=size,
     )
+
+
+def training_features(probe: Probe, encoder: nn.Module) -> tuple[Features, int]:
+    """Return the training images' representations and the side they are read at: the best for kNN on validation."""
+    tried = []
+    for size in probe.config.image_sizes or (probe.train.facts.height,):
+        features = features_of(probe, encoder, probe.train, size)
+        tried.append((knn_validation(probe, features), features, size))
+        if len(probe.config.image_sizes) > 1:
+            print(f"  read at {size} pixels: validation kNN {tried[-1][0]:.2f} %", flush=True)
+    _, best, size = max(tried, key=lambda one: one[0])
+    return best, size
 
 
 def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
     """Measure an encoder: kNN, and a classifier that is chosen, fitted on all training images, and tested."""
     started, config, facts = time.perf_counter(), probe.config, probe.train.facts
     with evaluation.frozen(encoder) as sha256:
-        train, test = features_of(probe, encoder, probe.train), features_of(probe, encoder, probe.test)
+        train, size = training_features(probe, encoder)
+        test = features_of(probe, encoder, probe.test, size)
         knn = measure_knn(probe, train, test)
         width = train.representation.shape[1]
         if config.mode == "linear":
@@ -150,20 +163,28 @@ def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
     confusion = evaluation.confusion_matrix(
         tested.label, evaluation.head_predict(fitted.head, tested), num_classes=facts.num_classes
     )
-    classifier = Classifier(fitted.encoder, fitted.head, probe.pretrained.facts.normalisation, facts.classes).eval()
-    row = Row(name, width, *knn, fitted.scores, time.perf_counter() - started)
+    normalisation = probe.pretrained.facts.normalisation
+    classifier = Classifier(fitted.encoder, fitted.head, normalisation, facts.classes, size).eval()
+    row = Row(name, width, *knn, fitted.scores, time.perf_counter() - started, size)
     say_row(row)
     return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None, train, test)
 
 
 def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, float]:
     """Return kNN accuracy on the validation images (bank: the others) and on the test images (bank: all)."""
-    config, num_classes = probe.config, probe.train.facts.num_classes
-    assert config.knn_neighbours is not None
-    measure = functools.partial(
-        evaluation.knn_accuracy, k=config.knn_neighbours, temperature=config.knn_temperature, num_classes=num_classes
-    )
-    return measure(train.rows(probe.fit), train.rows(probe.validation)), measure(train, test)
+    return knn_validation(probe, train), knn_accuracy(probe, train, test)
+
+
+def knn_validation(probe: Probe, train: Features) -> float:
+    """Return kNN accuracy on the validation images; the other training images are the bank."""
+    return knn_accuracy(probe, train.rows(probe.fit), train.rows(probe.validation))
+
+
+def knn_accuracy(probe: Probe, bank: Features, queries: Features) -> float:
+    """Return the percentage of the queries that their nearest neighbours in the bank classify rightly."""
+    k, classes = probe.config.knn_neighbours, probe.train.facts.num_classes
+    assert k is not None
+    return evaluation.knn_accuracy(bank, queries, k=k, temperature=probe.config.knn_temperature, num_classes=classes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -379,6 +379,11 @@ class ProbeConfig:
     """linear only. cached: features of the plain images, computed once. augmented: of lightly augmented images (random
     crop and flip), anew each epoch."""
 
+    image_sizes: tuple[Size, ...] = ()
+    """linear with cached features only. Sides in pixels at which the encoder reads images; of several, the one with the
+    highest kNN accuracy on the validation images is taken. Random crops enlarge, so an encoder often knows larger
+    objects than images have (Touvron et al. 2019, arXiv:1906.06423). Default: as stored."""
+
     epochs: Size = 50
     batch_size: Size = 512
     view: ViewSpec = LIGHT_VIEW
@@ -418,6 +423,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         """Fill in the candidates that depend on the mode, and refuse what cannot run."""
         schema.check_fields(self)
+        reads_plain = self.mode == "linear" and self.features == "cached"
+        require(reads_plain or not self.image_sizes, "image_sizes", self.image_sizes, "none with views or fine-tuning")
         for name, candidates in _CANDIDATES[self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)

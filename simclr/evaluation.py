@@ -102,6 +102,7 @@ def extract_features(
     world_size: int = 1,
     rank: int = 0,
     normalisation: Normalisation | None = None,
+    size: int | None = None,
 ) -> Features:
     """Encode images as they are, without augmentation, in eval mode and without gradients.
 
@@ -120,6 +121,7 @@ def extract_features(
         rank: This rank.
         normalisation: Per-channel (mean, std) on the scale where 255 is 1. Default: the source's own, which is
             right for training images only; test images take the training images'.
+        size: Side in pixels that images are resized to. None: as stored.
 
     Returns:
         Features of all n images in the order of ``indices``, float32, on every rank.
@@ -141,7 +143,7 @@ def extract_features(
     representations, labels, seen = [], [], []
     with evaluating(encoder), torch.inference_mode():
         for batch in _batches_in_order(source, own, batch_size):
-            image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std)
+            image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std, size=size)
             with _autocast(device, dtype):
                 representations.append(encoder(image.double() if dtype == torch.float64 else image).float())
             labels.append(batch.label.to(device))
@@ -546,19 +548,25 @@ class Classifier(nn.Module):
         head: Linear layer D -> c.
         normalisation: Per-channel (mean, std) on the scale where 255 is 1, of the images pretrained on.
         classes: Names in label order.
+        size: Side in pixels that images are resized to. None: as stored.
     """
 
     def __init__(
-        self, encoder: nn.Module, head: nn.Linear, normalisation: Normalisation, classes: Sequence[str]
+        self,
+        encoder: nn.Module,
+        head: nn.Linear,
+        normalisation: Normalisation,
+        classes: Sequence[str],
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
-        self.normalisation, self.classes = normalisation, tuple(classes)
+        self.normalisation, self.classes, self.size = normalisation, tuple(classes), size
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify images as stored: uint8 (b, H, W, 3), RGB -> logits, float32 (b, c)."""
         mean, std = self.normalisation
-        logits: Tensor = self.head(self.encoder(plain_view(image, mean=mean, std=std)).float())
+        logits: Tensor = self.head(self.encoder(plain_view(image, mean=mean, std=std, size=self.size)).float())
         return logits
 
 

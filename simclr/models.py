@@ -277,7 +277,8 @@ def _output_width(encoder: nn.Module, image_size: int) -> int:
     was_training = encoder.training
     try:
         with torch.no_grad():
-            h = encoder.eval()(torch.zeros(1, 3, image_size, image_size))
+            device = next(encoder.parameters()).device
+            h = encoder.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"the encoder cannot take {image_size}x{image_size} images with this stem: {error}") from error
     encoder.train(was_training)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from simclr.config import OptimizerConfig
+
+Work = TypeVar("Work")
 
 
 def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0) -> float:
@@ -206,7 +208,7 @@ class Muon(_Skippable):
         if found_inf is not None:  # a step left out is one without gradient, learning rate and loss of momentum
             skip = found_inf > 0
             momentum, lr, decay = (torch.where(skip, one, x) for one, x in ((1.0, momentum), (0.0, lr), (0.0, decay)))
-        for alike in by_shape.values():
+        for alike in side_by_side(list(by_shape.values()), parameters[0].device):
             buffer = self._momentum_of(alike)
             gradient = torch.stack([_as_matrix(parameter.grad) for parameter in alike if parameter.grad is not None])
             if found_inf is not None:
@@ -230,6 +232,24 @@ class Muon(_Skippable):
             for parameter, row in zip(alike, whole, strict=True):
                 self.state[parameter]["momentum_buffer"] = _as_tensor(row, parameter)
         return whole
+
+
+def side_by_side(work: Sequence[Work], device: torch.device) -> Iterator[Work]:
+    """Yield each piece of work; on a GPU, what is done with one does not wait for what is done with the others.
+
+    A product of small matrices leaves most of a GPU idle, and its kernels follow one another for their latency alone.
+    """
+    if device.type != "cuda":
+        yield from work
+        return
+    current = torch.cuda.current_stream(device)
+    streams = [torch.cuda.Stream(device) for _ in work]  # type: ignore[no-untyped-call]  # of a pool, so not new ones
+    for piece, stream in zip(work, streams, strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            yield piece
+    for stream in streams:
+        current.wait_stream(stream)
 
 
 def _as_matrix(x: Tensor) -> Tensor:

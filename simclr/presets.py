@@ -129,7 +129,7 @@ _FAST_VIEW = ViewSpec(
 )
 _FAST_SIMCLR = dataclasses.replace(
     _SIMCLR_CIFAR10,
-    epochs=75,
+    epochs=90,
     loss=LossConfig(name="nt_xent", temperature=0.1),
     model=dataclasses.replace(_SIMCLR_CIFAR10.model, encoder="resnet18_d2048", projector_batch_norm=True),
     optimizer=OptimizerConfig(name="muon", base_learning_rate=0.02, momentum=0.95, weight_decay=0.05, warmup_epochs=1),
@@ -137,8 +137,27 @@ _FAST_SIMCLR = dataclasses.replace(
     view_2=_FAST_VIEW,
     view_sizes=((24, 1.0),),
     batch_norm_per_view=False,
-    knn_every_epochs=20,
+    knn_every_epochs=30,
     checkpoint_every_epochs=10,
+)
+_FAST_BARLOW = dataclasses.replace(
+    _FAST_SIMCLR,
+    loss=LossConfig(name="barlow_twins", off_diagonal_weight=0.0051),
+    model=ModelConfig(encoder="resnet18_d2048", projector="barlow3", projector_hidden=2048, projection_dim=2048),
+)
+# At 96 of 128 pixels an object in a crop is about as large as it is in the whole image at 128.
+_IMAGENETTE_VIEW = dataclasses.replace(_FAST_VIEW, blur_probability=0.5)
+_FAST_IMAGENETTE = dataclasses.replace(
+    _FAST_SIMCLR,
+    data=Path("data/imagenette/train.beton"),
+    epochs=300,
+    global_batch_size=256,
+    optimizer=dataclasses.replace(_FAST_SIMCLR.optimizer, warmup_epochs=5),
+    view_1=_IMAGENETTE_VIEW,
+    view_2=_IMAGENETTE_VIEW,
+    view_sizes=((96, 1.0),),
+    knn_every_epochs=50,
+    checkpoint_every_epochs=50,
 )
 
 _PRESETS = (
@@ -173,6 +192,16 @@ _PRESETS = (
         "own, for one GPU: docs/experiment_log.md",
         "as it stands not measured; on CIFAR-10 (JPEG q75), validation kNN 81.3 % after 60 epochs and 78 s on an H200",
         dataclasses.replace(_FAST_SIMCLR, name="fast-simclr"),
+    ),
+    Preset(
+        "own, for one GPU: the recipe of fast-simclr with the other objective",
+        "not measured",
+        dataclasses.replace(_FAST_BARLOW, name="fast-barlow"),
+    ),
+    Preset(
+        "own, for one GPU and 128-pixel images of Imagenette",
+        "not measured",
+        dataclasses.replace(_FAST_IMAGENETTE, name="fast-imagenette"),
     ),
     Preset(
         _SIMCLR_SOURCE,

@@ -441,22 +441,26 @@ def two_views(
 
 
 @torch.no_grad()
-def plain_view(image: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def plain_view(image: Tensor, *, mean: Sequence[float], std: Sequence[float], size: int | None = None) -> Tensor:
     """The image itself, normalised and not augmented, as evaluation wants it.
 
     Args:
         image: Stored pixels, uint8, (b, H, W, 3), on any device.
         mean: Per channel, of pixels in [0, 1].
         std: Per channel, > 0.
+        size: Side S in pixels to resize to, bilinear and antialiased. None: as stored.
 
     Returns:
-        float32, (b, 3, H, W), channels_last, on the device of ``image``: (pixel / 255 - mean) / std.
+        float32, (b, 3, H, W) or (b, 3, S, S), channels_last, on the device of ``image``: (pixel / 255 - mean) / std.
 
     Raises:
         ValueError: If ``image`` is not uint8 (b, H, W, 3), or ``mean`` or ``std`` do not fit.
     """
     require_images(image)
-    return _normalise(image.permute(3, 0, 1, 2).float().div_(255), mean, std)
+    plain = _normalise(image.permute(3, 0, 1, 2).float().div_(255), mean, std)
+    if size is None or plain.shape[2:] == (size, size):
+        return plain
+    return F.interpolate(plain, (size, size), mode="bilinear", antialias=True)
 
 
 def blur_kernel_size(spec: ViewSpec, size: int) -> int:

@@ -48,6 +48,8 @@ class Row:
     knn_test: float
     classifier: Scores | None
     seconds: float
+    image_size: int | None = None
+    """Side in pixels at which images were read; None: not known, as in earlier versions."""
 
 
 @dataclass(frozen=True)

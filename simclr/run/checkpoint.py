@@ -390,6 +390,7 @@ def save_classifier(
         "kind": "classifier",
         "model": classifier.state_dict(),
         "classes": list(classifier.classes),
+        "image_size": classifier.size,
         "config": to_json(pretraining),
         "facts": to_json(pretraining_facts),
         "probe": to_json(probe),
@@ -422,7 +423,8 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
         config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
         encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
         num_classes, width = payload["model"]["head.weight"].shape
-        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"])
+        size = payload.get("image_size")  # earlier versions read images as they are stored
+        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"], size)
         classifier.load_state_dict(payload["model"], strict=True)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version of the code: {error}") from error
