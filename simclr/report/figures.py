@@ -266,7 +266,7 @@ def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
             color=_TEN_COLOURS[k % 10],
             linewidths=0,
             alpha=0.85,
-            label=shortened(names[k], longest),
+            label=legend_text(names[k], longest),
         )
     bare(axes)
     axes.spines[:].set(visible=True, color=theme.grid)
@@ -307,7 +307,7 @@ def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) ->
         colour, stroke = looks[band.look % len(looks)]
         marker = "o" if len(band.places) < 30 else ""
         axes.plot(
-            band.places, band.mean, stroke, color=colour, marker=marker, markersize=4, label=shortened(band.label, 60)
+            band.places, band.mean, stroke, color=colour, marker=marker, markersize=4, label=legend_text(band.label, 60)
         )
         if list(band.least) != list(band.largest):
             axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
@@ -409,6 +409,11 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=9,
             annotation_clip=False,
         )
+
+
+def legend_text(text: str, longest: int) -> str:
+    """Return a text for a legend; matplotlib passes over those that begin with an underscore."""
+    return f" {shortened(text, longest)}" if text.startswith("_") else shortened(text, longest)
 
 
 def shortened(text: str, longest: int) -> str:
