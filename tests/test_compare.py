@@ -135,10 +135,12 @@ def test_lines_are_means_and_ranges_at_the_steps_that_all_seeds_measured(tmp_pat
         compare.read_run(write_run(tmp_path / str(i), values, config=A, seconds=10 + i))
         for i, values in enumerate([[50.0, 60.0, 70.0], [54.0, 68.0]])
     ]
-    band = compare.spread_of(runs, "knn", "knn_accuracy", "seconds")
+    band = compare.spread_of(runs, "knn", "knn_accuracy", "seconds", name="_a")
     assert (band.places, band.mean, band.least, band.largest) == ([10.5, 21.0], [52, 64], [50, 60], [54, 68])
     figure = figures.draw_bands([band], "t", "seconds", figures.LIGHT)
-    np.testing.assert_allclose(np.asarray(figure.axes[0].lines[0].get_xydata()), [[10.5, 52], [21, 64]])
+    (line,) = figure.axes[0].lines
+    assert [np.asarray(values).tolist() for values in line.get_data()] == [[10.5, 21], [52, 64]]
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_a"]
     assert len(figure.axes[0].collections) == 1  # the range
 
 

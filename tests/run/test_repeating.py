@@ -16,6 +16,7 @@ from simclr import beton
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.run import repeating
+from simclr.run.interruption import Signals
 from simclr.run.runlog import MANIFEST
 from tests.helpers import forget_accelerate_state
 from tests.runs import is_equal, lines, train_here, weights
@@ -46,7 +47,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 def repeat(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["train_simclr.py", *map(str, words)])
-    monkeypatch.setattr(train_simclr.Signals, "install", lambda self: None)
+    monkeypatch.setattr(Signals, "install", lambda self: None)
     try:
         train_simclr.cli()
     finally:
