@@ -149,14 +149,14 @@ def _trials_table(result: ProbeResult) -> list[list[str]]:
 
 def _classes_table(result: ProbeResult) -> list[list[str]]:
     """Return for each class how much is recognised and what it is taken for most often; a header first."""
-    rows = [["", "class", "accuracy (%)", "most often taken for"]]
+    rows = [["class", "accuracy (%)", "most often taken for", "number"]]
     for k, name in enumerate(result.test_facts.classes):
         counts = result.confusion[k]
         total, wrong = int(counts.sum()), counts.copy()
         wrong[k] = 0
         j = int(wrong.argmax())
         taken_for = f"{result.test_facts.classes[j]} ({100 * wrong[j] / total:.0f} %)" if wrong[j] else "–"
-        rows.append([str(k), name, f"{100 * counts[k] / total:.1f}" if total else "–", taken_for])
+        rows.append([name, f"{100 * counts[k] / total:.1f}" if total else "–", taken_for, str(k)])
     return rows
 
 

@@ -268,7 +268,7 @@ def runs_table(records: Sequence[Record]) -> list[list[str]]:
                 say_times([record]),
                 record.hardware,
                 f"`{environment.get('commit', '–')[:12]}`",
-                first.get("environment", {}).get("date", "–"),
+                first.get("environment", {}).get("date", "–")[:10],
             ]
         )
     return [header, *rows]

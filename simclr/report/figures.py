@@ -251,8 +251,7 @@ def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
     """Return points coloured by class, ten colours times ten markers, with a legend of up to 100 classes below."""
     c = len(names)
     has_legend = c <= MOST_IN_LEGEND
-    columns = max(1, min(4 if c > 30 else 3, c))
-    longest = 10 if columns == 4 else 18
+    columns, longest = min(3, c), 19
     rows = math.ceil(c / columns) if has_legend else 0
     figure = Figure(figsize=(PANEL_WIDTH, 4.6 + 0.165 * rows), layout="constrained")
     axes = figure.subplots()
@@ -312,6 +311,7 @@ def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) ->
         if list(band.least) != list(band.largest):
             axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
     axes.set_xlabel(against)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, borderpad=0)
     return figure
 

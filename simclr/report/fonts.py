@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -42,8 +43,13 @@ def lettering(names: Sequence[str]) -> Lettering:
 def _installed() -> tuple[str, ...]:
     """Return the installed families, those without serifs first, as they suit the rest.
 
-    Left out is Last Resort, which comes with matplotlib and has a box for every character.
+    Fonts that were installed since matplotlib made its list are found too. Left out is Last Resort, which comes with
+    matplotlib and has a box for every character.
     """
+    listed = {entry.fname for entry in font_manager.fontManager.ttflist}
+    for path in sorted(set(font_manager.findSystemFonts()) - listed):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # one that cannot be read, or is of pictures
+            font_manager.fontManager.addfont(path)
     families = {
         entry.name
         for entry in font_manager.fontManager.ttflist
