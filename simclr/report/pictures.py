@@ -160,14 +160,17 @@ def make_map(features: Features, *, at_most: int, seed: int) -> Map | None:
     """
     if min(at_most, len(features)) < LEAST_MAPPED:
         return None
-    from sklearn.manifold import TSNE, trustworthiness  # a second, which nothing else has to wait for
+    # A second, which nothing else has to wait for
+    from sklearn.manifold import TSNE, trustworthiness
+    from threadpoolctl import threadpool_limits
 
     started = time.perf_counter()
     drawn = features.rows(_draw(len(features), at_most, seed))
     rows = unit_rows(drawn.representation.double()).cpu().numpy()
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     layout = TSNE(perplexity=perplexity, max_iter=MAP_ITERATIONS, init="pca", random_state=seed % 2**32)
-    position = layout.fit_transform(rows)
+    with threadpool_limits(1):  # the same map on any machine; more threads wait for each other, on busy cores for long
+        position = layout.fit_transform(rows)
     return Map(
         position=position,
         label=drawn.label.cpu().numpy(),
