@@ -388,9 +388,10 @@ def size_at(view_stages: Sequence[tuple[int, int]], epoch: int, stored: int) -> 
     return stored
 
 
-def say_view_stages(view_stages: Sequence[tuple[int, int]], stored: int) -> str:
-    """Return them in words."""
-    return "".join(f"{side} pixels for {epochs} epochs, then " for side, epochs in view_stages) + f"{stored} pixels"
+def say_view_stages(view_stages: Sequence[tuple[int, int]], stored: int, epochs: int) -> str:
+    """Return them in words; views of the ``epochs`` that are left have the stored images' side."""
+    stages = [*view_stages, (stored, epochs - sum(length for _, length in view_stages))]
+    return ", then ".join(f"{side} pixels for {length} epochs" for side, length in stages if length)
 
 
 def two_views(

@@ -173,6 +173,33 @@ def test_the_saved_classifier_gives_the_reported_accuracies_on_stored_pixels(pla
     assert np.trace(result["confusion"]) / NUM_TEST == pytest.approx(result["test_accuracy"] / 100)
 
 
+def test_images_are_read_at_the_side_that_validation_images_choose(place: Path, tmp_path: Path) -> None:
+    sides = (8, 16, 24)
+    alone = {}
+    for side in sides:
+        report = linear_probe.main(settings(place, tmp_path / str(side), baselines=False, image_sizes=(side,)))
+        alone[side] = numbers(report)["rows"][-1]
+    assert len({row["knn_validation"] for row in alone.values()}) > 1
+    report = linear_probe.main(settings(place, tmp_path / "chosen", baselines=False, image_sizes=sides))
+    best = max(sides, key=lambda side: alone[side]["knn_validation"])
+    chosen = numbers(report)["rows"][-1]
+    assert chosen == {**alone[best], "seconds": chosen["seconds"]}
+    assert f"resized to a side of {best} pixels" in " ".join((report.parent / "report.md").read_text().split())
+    # The saved classifier reads images at that side by itself
+    classifier = checkpoint.load_classifier(report.parent)
+    assert classifier.size == best
+    images, labels = coloured(NUM_TEST, seed=1)
+    with torch.inference_mode():
+        right = classifier(torch.from_numpy(images)).argmax(dim=1).numpy() == labels
+    assert 100 * right.mean() == pytest.approx(chosen["classifier"]["test"])
+
+
+@pytest.mark.parametrize("changes", [{"mode": "finetune"}, {"features": "augmented"}])
+def test_views_have_the_side_of_the_stored_images(place: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"image_sizes is \(8,\), expected none"):
+        settings(place, None, image_sizes=(8,), **changes)
+
+
 def test_the_encoder_in_the_file_is_the_pretrained_one(place: Path, outcome: Path) -> None:
     pretrained = checkpoint.load_pretrained(place / "run")
     saved = checkpoint.load_classifier(outcome.parent)

@@ -19,6 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import common
+from simclr.beton import load_facts
 from simclr.presets import PRESETS
 from simclr.run import runlog
 
@@ -50,8 +51,11 @@ def main() -> int:
             words += QUICK
         status = until([sys.executable, "train_simclr.py", options.preset, *words], deadline)
         if status == 0 and not (folder / "probe-linear" / "probe.json").exists():
+            stored = load_facts(options.data).height
+            sides = [str(stored * quarters // 4) for quarters in (4, 5, 6)]
             probe = [sys.executable, "linear_probe.py", "--run", str(folder), "--test", str(options.test_data)]
-            status = until([*probe, *(QUICK_PROBE if options.quick else [])], deadline)
+            probe += ["--image-sizes", *sides, *(QUICK_PROBE if options.quick else [])]
+            status = until(probe, deadline)
         if status:
             return UNFINISHED if time.monotonic() >= deadline or status == UNFINISHED else status
         runs.append(collect(folder, seed))

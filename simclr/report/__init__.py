@@ -81,7 +81,9 @@ def write_report(folder: Path, result: ProbeResult, pictures: Pictures, metrics:
         environments=_environments(result),
         edge=at_edge(result.config, result.scores.chosen),
         describe=describe,
-        view_stages=say_view_stages(result.pretraining.view_stages, result.pretraining_facts.height),
+        view_stages=say_view_stages(
+            result.pretraining.view_stages, result.pretraining_facts.height, result.pretraining.epochs
+        ),
         is_published=result.train_facts.source.startswith(("CIFAR-", "STL-10")),
         most_named=MOST_NAMED_CLASSES,
         most_in_legend=MOST_IN_LEGEND,

@@ -57,7 +57,7 @@ def say_start(
     print(f"parameters: encoder {config.model.encoder} {encoder:,} + {config.model.projector} projector {projector:,}")
     for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
         print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
-    print(f"view side:  {say_view_stages(config.view_stages, facts.height)}")
+    print(f"view side:  {say_view_stages(config.view_stages, facts.height, config.epochs)}")
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure_knn(facts, config.num_validation):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.fast.captured import Captured, choose_way
-from simclr.models import ModelConfig
+from simclr.models import ModelConfig, SimCLR
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
-from tests.runs import train_here
+from tests.runs import train_here, weights
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +36,66 @@ def _no_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
-def steps(output: Path, images: Path, *, compile: Any, form: Any = "auto", **changes: Any) -> list[dict[str, Any]]:
-    """Train for 12 steps of 3 epochs; return the lines about them."""
+class Trained(NamedTuple):
+    """What a run has left."""
+
+    steps: list[dict[str, Any]]
+    """The lines about its 12 steps, in 3 epochs."""
+    moved: Tensor
+    """By how much each weight has moved since the start, in one vector."""
+
+
+def train(output: Path, images: Path, *, compile: Any, form: Any = "auto", **changes: Any) -> Trained:
+    """Train for 12 steps of 3 epochs, or as many of them as ``stop_at_step`` says."""
     defaults: dict[str, Any] = {
         "data": images,
         "output": output,
         "epochs": 3,
         "global_batch_size": 20,
-        "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
+        "model": MODEL,
+        "optimizer": OptimizerConfig(base_learning_rate=0.003),
         "precision": "fp32",
         "num_validation": 20,
         "knn_every_epochs": 2,
         "log_every_steps": 1,
         "speed": SpeedConfig(loader="memory", compile=compile, nt_xent_form=form),
     }
-    train_here(TrainConfig(**{**defaults, **changes}))
-    return [line for line in read_metrics(output) if line["kind"] == "step"]
+    config = TrainConfig(**{**defaults, **changes})
+    train_here(config)
+    torch.manual_seed(config.seed)
+    end = weights(config)
+    moved = [(end[name].cpu() - start).flatten() for name, start in SimCLR(MODEL, 32).named_parameters()]
+    return Trained([line for line in read_metrics(output) if line["kind"] == "step"], torch.cat(moved).detach())
 
 
+def require_equal(one: Trained, reference: Trained) -> None:
+    """Compare within what rounding does to such runs.
+
+    At these learning rates, a change of 1e-6 in the first weights changes a loss by up to 1e-3 of itself, and where the
+    weights move to by up to 4e-2 of the way; a learning rate that is 30 % off, by 0.3 of the way (seen on a CPU, with
+    Muon's iteration in bfloat16 as on a GPU).
+    """
+    assert [line["step"] for line in one.steps] == list(range(1, 13))
+    for mine, its in zip(one.steps, reference.steps, strict=True):
+        assert mine["learning_rate"] == its["learning_rate"]
+        assert mine["loss"] == pytest.approx(its["loss"], rel=3e-3), mine["step"]
+    assert (one.moved - reference.moved).norm() < 0.1 * reference.moved.norm()
+
+
+MODEL = ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8)
 CASES: dict[str, dict[str, Any]] = {
     "sgd, each view by itself": {"batch_norm_per_view": True},
     "muon, growing views": {
-        "optimizer": OptimizerConfig(name="muon", base_learning_rate=0.1),
+        "optimizer": OptimizerConfig(name="muon", base_learning_rate=0.002),
         "view_sizes": ((16, 0.34), (24, 0.34)),
     },
     "adamw, clipped, skipping": {
-        "optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.02, gradient_clip_norm=0.5),
+        "optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.002, gradient_clip_norm=0.5),
         "on_nonfinite": "skip",
     },
     "lars, Barlow Twins, blur": {
         "loss": LossConfig(name="barlow_twins", scale=0.1),
-        "optimizer": OptimizerConfig(name="lars", base_learning_rate=1.0),
+        "optimizer": OptimizerConfig(name="lars", base_learning_rate=0.1),
         "view_1": ViewSpec(blur_probability=0.5),
         "view_2": ViewSpec(blur_probability=0.5, solarise_probability=0.5),
     },
@@ -116,25 +146,19 @@ def test_a_graph_is_compiled_where_the_run_is_long_enough() -> None:
 def test_a_captured_run_is_the_plain_one(
     name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = steps(tmp_path / "plain", images, **CASES[name], compile="none")
-    steps(tmp_path / "captured", images, **CASES[name], compile="graph", stop_at_step=7)
-    captured = steps(tmp_path / "captured", images, **CASES[name], compile="graph")
+    plain = train(tmp_path / "plain", images, **CASES[name], compile="none")
+    train(tmp_path / "captured", images, **CASES[name], compile="graph", stop_at_step=7)
+    captured = train(tmp_path / "captured", images, **CASES[name], compile="graph")
     assert "cannot be captured" not in capsys.readouterr().out
-    assert [line["step"] for line in captured] == list(range(1, 13))
-    for i, (mine, reference) in enumerate(zip(captured, plain, strict=True)):
-        assert mine["learning_rate"] == reference["learning_rate"]
-        # The first replays must agree closely; later steps drift apart by rounding, as two plain runs do.
-        assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-3 if i < 6 else 3e-2), (name, mine["step"])
+    require_equal(captured, plain)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_graph_computes_the_same(images: Path, tmp_path: Path) -> None:
-    plain = steps(tmp_path / "plain", images, compile="none")
-    captured = steps(tmp_path / "captured", images, compile="graph-compiled")
-    for mine, reference in zip(captured, plain, strict=True):
-        assert mine["loss"] == pytest.approx(reference["loss"], rel=3e-2)
+    plain = train(tmp_path / "plain", images, compile="none")
+    require_equal(train(tmp_path / "captured", images, compile="graph-compiled"), plain)
 
 
 @pytest.mark.gpu
