@@ -139,6 +139,26 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
     return found
 
 
+def all_images(root: Path) -> tuple[list[str], Found]:
+    """Find every image below a folder, whatever its folders mean.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        Paths below the folder, with / between their parts, sorted; and what is left out, in no splits.
+
+    Raises:
+        ConversionError: If it is no folder, or there are no images.
+    """
+    if not root.is_dir():
+        raise ConversionError(f"{root} is not a folder; name a folder of images")
+    found = Found()
+    walk = _walk(root, found)
+    _require_images(root, walk, found)
+    return sorted("/".join((*parts, name)) for parts, name in walk.images), found
+
+
 def _common_classes(root: Path, rows: list[_Row]) -> list[str]:
     """Return the classes, which all splits must share but the one that is called unlabeled."""
     of_split: dict[str, set[str]] = defaultdict(set)
@@ -273,15 +293,20 @@ def _kind_of_name(name: str) -> str | None:
 def _rows_of_folder(root: Path, found: Found) -> tuple[list[_Row], dict[str, Path]]:
     """Return the images below ``root``, and each split's folder; its only key is "" if the whole is one split."""
     walk = _walk(root, found)
+    _require_images(root, walk, found)
+    folders: dict[str, tuple[str, ...]] = {split: (name,) for name, split in _splits_among(root, walk, found).items()}
+    folders = folders or {"": ()}
+    rows = [row for split, place in folders.items() for row in _rows_of_split(root, walk, place, split, found)]
+    return rows, {split: root.joinpath(*place) for split, place in folders.items()}
+
+
+def _require_images(root: Path, walk: _Walk, found: Found) -> None:
+    """Raise ConversionError, with what is there, unless there are images."""
     if not walk.images:
         there = "; ".join(
             f"{number:,} {kind} ({name})" for (kind, name), number in found.left_out.most_common(_MOST_NAMED)
         )
         raise ConversionError(f"{as_text(root)} holds no images that can be taken, only: {there or 'no files at all'}")
-    folders: dict[str, tuple[str, ...]] = {split: (name,) for name, split in _splits_among(root, walk, found).items()}
-    folders = folders or {"": ()}
-    rows = [row for split, place in folders.items() for row in _rows_of_split(root, walk, place, split, found)]
-    return rows, {split: root.joinpath(*place) for split, place in folders.items()}
 
 
 def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:

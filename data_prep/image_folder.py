@@ -64,14 +64,14 @@ def convert_found(
             break
         except UnreadableError as error:
             reasons |= error.reasons
-            _list_unreadable(reasons, list_path)
+            list_unreadable(reasons, list_path)
             if unreadable == "refuse":
-                raise ConversionError(_refusal(reasons, list_path)) from error
+                raise ConversionError(refusal(reasons, list_path)) from error
     if reasons:
         found.left_out[f"files that cannot be read, listed in {list_path}", ""] += len(reasons)
     else:
         list_path.unlink(missing_ok=True)  # an earlier attempt's
-    return _summary(found, stored, sum((source.changes for source in sources), Counter()))
+    return summary(found, stored, sum((source.changes for source in sources), Counter()))
 
 
 def image_folder(images: Tree | Path, split: str, resolution: int | None = None) -> Source:
@@ -140,13 +140,15 @@ def _chunks(tree: Tree, resolution: int | None, source: Source) -> Iterator[Chun
         raise UnreadableError(bad)
 
 
-def _list_unreadable(reasons: dict[Path, str], file: Path) -> None:
+def list_unreadable(reasons: dict[Path, str], file: Path) -> None:
+    """Write a list of files that cannot be read, and why: file, tabulator, reason."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", errors="surrogateescape") as stream:
         stream.writelines(f"{path}\t{reason}\n" for path, reason in reasons.items())
 
 
-def _refusal(reasons: dict[Path, str], file: Path) -> str:
+def refusal(reasons: dict[Path, str], file: Path) -> str:
+    """Return what is said of files that cannot be read where they are not skipped; ``file`` lists them."""
     lines = "".join(f"\n  {as_text(path)}: {reason}" for path, reason in [*reasons.items()][:_MOST_LISTED])
     more = f"\n  and {len(reasons) - _MOST_LISTED:,} more" if len(reasons) > _MOST_LISTED else ""
     return (
@@ -155,7 +157,8 @@ def _refusal(reasons: dict[Path, str], file: Path) -> str:
     )
 
 
-def _summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
+def summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
+    """Return what was stored, changed and left out, and what else there is to know, for people."""
     names: dict[str, Counter[str]] = defaultdict(Counter)
     for (kind, name), number in found.left_out.items():
         names[kind][name] += number

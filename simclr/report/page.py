@@ -1,4 +1,4 @@
-"""One text as Markdown and as one HTML page that holds its figures. The only user of jinja2.
+"""One text as Markdown and as one HTML page that holds its figures.
 
 A template is the text; its markup is the macros of ``markdown.jinja`` or ``html.jinja``.
 """

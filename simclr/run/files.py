@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,48 @@ def atomic_write(path: PathLike, *, durable: bool = True) -> Iterator[io.Buffere
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: PathLike) -> Iterator[Path]:
+    """Make a new folder that takes the name ``path`` at the end of the ``with`` block, unless that raises.
+
+    Until then what lies at ``path`` stays as it was; then it is gone. Between the two is one instant without either, as
+    systems cannot exchange folders. What programs killed at the same work left behind is removed.
+
+    Args:
+        path: Where to. The folder above must exist.
+
+    Yields:
+        The new folder, to be filled with files.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    replaced = temporary.with_suffix(".old.tmp")
+    try:
+        for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(left_behind)
+        temporary.mkdir()
+        yield temporary
+        for name in temporary.iterdir():
+            with name.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        if path.exists():
+            path.rename(replaced)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        sync_folder(path.parent)
+    finally:
+        for gone in (temporary, replaced):
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def sync(file: IO[bytes] | IO[str]) -> None:

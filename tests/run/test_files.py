@@ -66,3 +66,25 @@ def test_whoever_cannot_write_learns_what_to_do(name: str) -> None:
     assert text.endswith(". An existing file was left as it is")
     assert len(text) > len(start) + 60
     assert "something else" in files.explain_write_error(OSError("something else"), "a")
+
+
+def fill_and_fail(folder: Path) -> None:
+    with files.atomic_folder(folder) as new:
+        (new / "second").write_text("2")
+        (new / "second" / "third").write_text("3")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    left_behind = tmp_path / ".folder.0123.old.tmp"
+    left_behind.mkdir()
+    with files.atomic_folder(folder) as new:
+        (new / "first").write_text("1")
+        assert not folder.exists()
+    with pytest.raises(NotADirectoryError):
+        fill_and_fail(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (folder / "first").read_text() == "1"
+    with files.atomic_folder(folder) as new:
+        (new / "second").write_text("2")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/second"]
