@@ -48,12 +48,18 @@ def main(config: ProbeConfig) -> Path:
         RuntimeError: If the frozen encoder did not stay as it was.
     """
     started = time.perf_counter()
+    if config.pdf:
+        report.require_pdf()
     with open_probe(config) as probe:
         # For each representation: features, hyperparameters chosen on the validation images, a final fit, the test
         rows = list(measure_baselines(probe)) if config.baselines else []
         measured = measure_encoder(probe, "pretrained encoder", probe.pretrained.model.encoder)
         rows.append(measured.row)
-        pairs = report.view_pairs(probe.train, probe.pretrained.config, probe.pretrained.facts.normalisation)
+        pictures = report.Pictures(
+            report.view_pairs(probe.train, probe.pretrained.config, probe.pretrained.facts.normalisation),
+            report.find_neighbours(probe.train, probe.test, measured.train, measured.test, seed=config.seed),
+            report.make_map(measured.test, at_most=config.map_points, seed=config.seed),
+        )
 
     # The whole classifier, and the report
     pretrained, train, test = probe.pretrained, probe.train.facts, probe.test.facts
@@ -87,11 +93,15 @@ def main(config: ProbeConfig) -> Path:
         chance=100 * test.class_counts[int(np.argmax(train.class_counts))] / test.num_images,
         encoder_sha256=measured.encoder_sha256,
         notes=probe.notes,
-        seconds={**{row.name: row.seconds for row in rows}, "in all": time.perf_counter() - started},
+        seconds={
+            **{row.name: row.seconds for row in rows},
+            **pictures.seconds,
+            "in all": time.perf_counter() - started,
+        },
     )
     if probe.config.label_fraction < 1:
         report.write_labels(probe.output, train, probe.config, fit=probe.fit, validation=probe.validation)
-    path = report.write_report(probe.output, result, pairs, probe.pretraining_metrics)
+    path = report.write_report(probe.output, result, pictures, probe.pretraining_metrics)
     say_result(result, path)
     return path
 
@@ -109,6 +119,9 @@ class Measured:
     fitted: Fitted
     confusion: NDArray[np.int64]
     encoder_sha256: str | None
+    train: Features
+    test: Features
+    """Of the encoder as it was given, before any fine-tuning."""
 
 
 def features_of(probe: Probe, encoder: nn.Module, source: ImageSource, size: int | None = None) -> Features:
@@ -149,15 +162,15 @@ def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
             fitted = choose_and_fit(probe, linear_classifiers(probe, encoder, train, test, batches_of))
     if config.mode == "finetune":
         fitted = choose_and_fit(probe, fine_tuned_classifiers(probe, encoder, width))
-        test = features_of(probe, fitted.encoder, probe.test)
+    tested = test if config.mode == "linear" else features_of(probe, fitted.encoder, probe.test)
     confusion = evaluation.confusion_matrix(
-        test.label, evaluation.head_predict(fitted.head, test), num_classes=facts.num_classes
+        tested.label, evaluation.head_predict(fitted.head, tested), num_classes=facts.num_classes
     )
     normalisation = probe.pretrained.facts.normalisation
     classifier = Classifier(fitted.encoder, fitted.head, normalisation, facts.classes, size).eval()
     row = Row(name, width, *knn, fitted.scores, time.perf_counter() - started, size)
     say_row(row)
-    return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None)
+    return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None, train, test)
 
 
 def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, float]:
@@ -341,6 +354,8 @@ def say_result(result: ProbeResult, path: Path) -> None:
     if remark := report.at_edge(result.config, result.scores.chosen):
         print(f"{remark}\n")
     print(f"classifier: {path.parent / checkpoint.CLASSIFIER}\nreport:     {path}")
+    if result.config.pdf:
+        print(f"            {path.with_suffix('.pdf')}")
 
 
 def cli() -> None:

@@ -29,14 +29,18 @@ _CHANGED_OPTIONS = {
 }
 
 
-def parse_train_config(arguments: Sequence[str] | None = None, description: str | None = None) -> TrainConfig:
-    """Read ``[PRESET] [--field value ...]``, by default from the command line.
+def parse_train_config(
+    arguments: Sequence[str] | None = None, description: str | None = None, start: TrainConfig | None = None
+) -> TrainConfig:
+    """Read ``[PRESET] [--field value ...]``, by default from the command line; with ``start``, no preset but that.
 
-    Without a preset, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
+    Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
     a message. Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is
     taken, aloud.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if start is not None:
+        return tyro.cli(TrainConfig, default=start, args=words, description=description)
     if not words or (words[0].startswith("-") and words[0] not in {"-h", "--help"}):
         words = [DEFAULT, *words]
     options = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}

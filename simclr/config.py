@@ -220,8 +220,11 @@ class TrainConfig:
     log_every_steps: Size = 10
     """How often a line of metrics is written; reading them makes the host wait for the device."""
 
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where metrics go besides metrics.jsonl (through accelerate)."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where all that metrics.jsonl has goes too (through accelerate), under the name <name>-seed<seed>."""
+
+    tracker_project: Annotated[str, Must(lambda name: bool(name.strip()), "a name")] = "simclr"
+    """The project that trackio and W&B put the run in. TensorBoard has none."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
@@ -262,7 +265,12 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where the run is kept."""
-        return self.output or Path("results") / f"{self.name}-seed{self.seed}"
+        return self.output or Path("results") / self.full_name
+
+    @property
+    def full_name(self) -> str:
+        """What tells the run from others that differ in their seed."""
+        return f"{self.name}-seed{self.seed}"
 
     def for_images(self, num_images: int) -> Self:
         """Return the same with what depends on the number of images filled in."""
@@ -457,6 +465,12 @@ class ProbeConfig:
     baselines: bool = True
     """Whether raw pixels and the untrained encoder are measured too."""
 
+    map_points: Count = 2000
+    """Test images in the report's map (t-SNE), at most; drawn by the seed. 2,000 take about 7 s. 0: no map."""
+
+    pdf: bool = False
+    """Whether the report is written as report.pdf too. Needs WeasyPrint: the extra `pdf`."""
+
     seed: Seed = 0
     loader: Loader = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -489,6 +503,7 @@ _ADDED_LATER = {
     "augmentation": "standard",
     "parts": None,
     "parts_sha256": "",
+    "tracker_project": "simclr",
 }
 _GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
 _RENAMED = {("speed.nt_xent_form", "ring"): "tiled", ("speed.compile", "reduce-overhead"): "graph-compiled"}

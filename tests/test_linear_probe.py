@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import linear_probe
-from simclr import beton, evaluation
+from simclr import beton, evaluation, report
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.data import few_labels, open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
@@ -89,6 +89,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(autouse=True)
+def _figures_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes seconds; the outcome below has them."""
+    names = ("curves", "confusion", "pairs", "neighbours")
+    monkeypatch.setattr(report, "draw_all", lambda *_: {name: [] for name in names})
+
+
 def settings(place: Path, output: Path | None, **changes: Any) -> ProbeConfig:
     defaults: dict[str, Any] = {
         "learning_rates": RATES,
@@ -98,6 +105,7 @@ def settings(place: Path, output: Path | None, **changes: Any) -> ProbeConfig:
         "num_validation": NUM_VALIDATION,
         "knn_neighbours": 5,
         "loader": "memory",
+        "map_points": 0,
     }
     return ProbeConfig(run=place / "run", output=output, **{**defaults, **changes})
 
@@ -132,12 +140,14 @@ def test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said(
 @pytest.fixture(scope="module")
 def outcome(place: Path) -> Path:
     """The report of the standard evaluation."""
-    return linear_probe.main(settings(place, place / "out"))
+    return linear_probe.main(settings(place, place / "out", map_points=2000))
 
 
 def test_everything_that_was_promised_is_written(outcome: Path) -> None:
     promised = {"simclr_lin_best.pt", "probe.json", "report.md", "report.html"}
-    promised |= {f"{name}.png" for name in ("curves", "confusion", "pairs", "pretraining")}
+    promised |= {f"{name}.png" for name in ("confusion", "classes", "map", "pretraining-loss", "pretraining-knn")}
+    promised |= {f"{name}.png" for name in ("pretraining-rate", "curves-loss", "curves-accuracy")}
+    promised |= {f"{name}-{i}.png" for name in ("pairs", "neighbours") for i in (1, 2)}
     assert {path.name for path in outcome.parent.iterdir()} == promised
 
 

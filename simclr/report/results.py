@@ -114,23 +114,6 @@ class ProbeResult:
         return "Linear classifier" if self.config.mode == "linear" else "Fine-tuned"
 
 
-@dataclass(frozen=True, eq=False)
-class ViewPairs:
-    """Some images and two views of each, for a picture.
-
-    Attributes:
-        stored: uint8 (k, H, W, 3).
-        view_1: uint8 (k, S, S, 3).
-        view_2: uint8 (k, S, S, 3).
-        names: Class names, k of them; empty for unlabelled images.
-    """
-
-    stored: NDArray[np.uint8]
-    view_1: NDArray[np.uint8]
-    view_2: NDArray[np.uint8]
-    names: tuple[str, ...]
-
-
 def to_plain(result: ProbeResult) -> dict[str, Any]:
     """Return the result as what JSON can hold; numbers that are not finite become null."""
     return {"schema": 1, "test_accuracy": result.scores.test, **_plain(result)}

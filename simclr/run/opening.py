@@ -28,7 +28,7 @@ from simclr.optim import make_optimizer
 from simclr.run import checkpoint, host, launch, runlog
 from simclr.run.announcing import say_start, write_manifest
 from simclr.run.checkpoint import CheckpointError, CheckpointWriter
-from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices
+from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices, tracked
 from simclr.run.finite import Guard
 from simclr.run.peers import Peers
 from simclr.run.resuming import Progress, resume
@@ -133,6 +133,7 @@ def open_run(
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
                 write_manifest(config, derived, source, feed, accelerator, progress)
+            started = (runlog.read_manifest(config.folder) or {"sessions": [{}]})["sessions"][0] if is_main else {}
             # Which images this rank reads at each step
             plan = EpochPlan(
                 validation_split(derived.num_images, 0)[0],
@@ -143,6 +144,7 @@ def open_run(
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
+                tracked(accelerator, config, started.get("environment", {}).get("date", "")),
                 Status(
                     config.folder,
                     is_main=is_main,
@@ -151,7 +153,11 @@ def open_run(
                     is_ours=lock.is_held,
                 ) as status,
                 RunLog(
-                    config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
+                    config.folder,
+                    is_main=is_main,
+                    total_steps=derived.total_steps,
+                    first_step=progress.step,
+                    track=accelerator.log,
                 ) as log,
                 CheckpointWriter(
                     config.folder,
@@ -186,8 +192,6 @@ def open_run(
                     yield run
                 except DivergedError as error:
                     raise DivergedError(f"{error}{_way_out(run)}") from error
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def require_same_start(run: Run) -> None:
