@@ -1,7 +1,7 @@
 """How good is a pretrained encoder? k nearest neighbours, and a linear classifier (or fine-tuning), with a report.
 
     python linear_probe.py --run results/cifar10-simclr-100-seed0
-    python linear_probe.py --run results/cifar10-simclr-100-seed0 --mode finetune
+    python linear_probe.py --run results/cifar10-simclr-100-seed0 --mode finetune --label-fraction 0.01
 
 The encoder stays frozen, which is proven. Learning rate and weight decay are chosen on a part of the training images;
 the test images are measured, and choose nothing. Runs in one process, on the first GPU if there is one.
@@ -30,7 +30,7 @@ from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
 from simclr.models import SimCLR
 from simclr.report import ProbeResult, Row, Scores, Trial
 from simclr.run import checkpoint, files, host, runlog
-from simclr.run.probe import Probe, every_image, open_probe
+from simclr.run.probe import Probe, open_probe
 
 
 @files.explain_refusals()
@@ -48,12 +48,18 @@ def main(config: ProbeConfig) -> Path:
         RuntimeError: If the frozen encoder did not stay as it was.
     """
     started = time.perf_counter()
+    if config.pdf:
+        report.require_pdf()
     with open_probe(config) as probe:
         # For each representation: features, hyperparameters chosen on the validation images, a final fit, the test
         rows = list(measure_baselines(probe)) if config.baselines else []
         measured = measure_encoder(probe, "pretrained encoder", probe.pretrained.model.encoder)
         rows.append(measured.row)
-        pairs = report.view_pairs(probe.train, probe.pretrained.config, probe.pretrained.facts.normalisation)
+        pictures = report.Pictures(
+            report.view_pairs(probe.train, probe.pretrained.config, probe.pretrained.facts.normalisation),
+            report.find_neighbours(probe.train, probe.test, measured.train, measured.test, seed=config.seed),
+            report.make_map(measured.test, at_most=config.map_points, seed=config.seed),
+        )
 
     # The whole classifier, and the report
     pretrained, train, test = probe.pretrained, probe.train.facts, probe.test.facts
@@ -79,6 +85,7 @@ def main(config: ProbeConfig) -> Path:
         train_facts=train,
         test_facts=test,
         num_fit=len(probe.fit),
+        num_labelled=len(probe.labelled),
         rows=tuple(rows),
         trials=measured.fitted.trials,
         curves=measured.fitted.curves,
@@ -86,9 +93,15 @@ def main(config: ProbeConfig) -> Path:
         chance=100 * test.class_counts[int(np.argmax(train.class_counts))] / test.num_images,
         encoder_sha256=measured.encoder_sha256,
         notes=probe.notes,
-        seconds={**{row.name: row.seconds for row in rows}, "in all": time.perf_counter() - started},
+        seconds={
+            **{row.name: row.seconds for row in rows},
+            **pictures.seconds,
+            "in all": time.perf_counter() - started,
+        },
     )
-    path = report.write_report(probe.output, result, pairs, probe.pretraining_metrics)
+    if probe.config.label_fraction < 1:
+        report.write_labels(probe.output, train, probe.config, fit=probe.fit, validation=probe.validation)
+    path = report.write_report(probe.output, result, pictures, probe.pretraining_metrics)
     say_result(result, path)
     return path
 
@@ -106,14 +119,17 @@ class Measured:
     fitted: Fitted
     confusion: NDArray[np.int64]
     encoder_sha256: str | None
+    train: Features
+    test: Features
+    """Of the encoder as it was given, before any fine-tuning."""
 
 
 def features_of(probe: Probe, encoder: nn.Module, source: ImageSource, size: int | None = None) -> Features:
-    """Return the representations of all images of a file, normalised as in pretraining, read at side ``size``."""
+    """Return the representations of a file's labelled images, normalised as in pretraining, read at side ``size``."""
     return evaluation.extract_features(
         encoder,
         source,
-        every_image(source),
+        probe.images(source),
         device=probe.device,
         dtype=evaluation.autocast_dtype(probe.config),
         normalisation=probe.pretrained.facts.normalisation,
@@ -134,7 +150,7 @@ def training_features(probe: Probe, encoder: nn.Module) -> tuple[Features, int]:
 
 
 def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
-    """Measure an encoder: kNN, and a classifier that is chosen, fitted on all training images, and tested."""
+    """Measure an encoder: kNN, and a classifier that is chosen, fitted on all labelled images, and tested."""
     started, config, facts = time.perf_counter(), probe.config, probe.train.facts
     with evaluation.frozen(encoder) as sha256:
         train, size = training_features(probe, encoder)
@@ -146,25 +162,25 @@ def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
             fitted = choose_and_fit(probe, linear_classifiers(probe, encoder, train, test, batches_of))
     if config.mode == "finetune":
         fitted = choose_and_fit(probe, fine_tuned_classifiers(probe, encoder, width))
-        test = features_of(probe, fitted.encoder, probe.test)
+    tested = test if config.mode == "linear" else features_of(probe, fitted.encoder, probe.test)
     confusion = evaluation.confusion_matrix(
-        test.label, evaluation.head_predict(fitted.head, test), num_classes=facts.num_classes
+        tested.label, evaluation.head_predict(fitted.head, tested), num_classes=facts.num_classes
     )
     normalisation = probe.pretrained.facts.normalisation
     classifier = Classifier(fitted.encoder, fitted.head, normalisation, facts.classes, size).eval()
     row = Row(name, width, *knn, fitted.scores, time.perf_counter() - started, size)
     say_row(row)
-    return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None)
+    return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None, train, test)
 
 
 def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, float]:
-    """Return kNN accuracy on the validation images (bank: the others) and on the test images (bank: all)."""
+    """Return kNN accuracy on the validation images (bank: those to fit) and on the test images (bank: both)."""
     return knn_validation(probe, train), knn_accuracy(probe, train, test)
 
 
 def knn_validation(probe: Probe, train: Features) -> float:
-    """Return kNN accuracy on the validation images; the other training images are the bank."""
-    return knn_accuracy(probe, train.rows(probe.fit), train.rows(probe.validation))
+    """Return kNN accuracy on the validation images; the images to fit on are the bank."""
+    return knn_accuracy(probe, train.images(probe.fit), train.images(probe.validation))
 
 
 def knn_accuracy(probe: Probe, bank: Features, queries: Features) -> float:
@@ -191,12 +207,12 @@ candidate, and the curves of all candidates on each set."""
 
 
 def choose_and_fit(probe: Probe, fit: Fit) -> Fitted:
-    """Choose hyperparameters on the validation images, then fit on all training images, and test that fit alone."""
+    """Choose hyperparameters on the validation images, then fit on all labelled ones, and test that fit alone."""
     candidates = probe.candidates
     *_, tried = fit(probe.fit, candidates, ["validation"])
     validation = tried["validation"]
     best = evaluation.choose(candidates, validation)
-    encoder, head, final = fit(every_image(probe.train), [candidates[best]], ["train", "test"])
+    encoder, head, final = fit(probe.labelled, [candidates[best]], ["train", "test"])
     curves = {"train": final["train"], "validation": validation.of_candidate(best), "test": final["test"]}
     last_epoch = zip(candidates, validation.accuracy[-1].tolist(), validation.loss[-1].tolist(), strict=True)
     trials = tuple(Trial(candidate, accuracy, loss) for candidate, accuracy, loss in last_epoch)
@@ -210,7 +226,7 @@ BatchesOf = Callable[[NDArray[np.int64]], Batches]
 def stored_images(probe: Probe, train: Features) -> BatchesOf:
     """Return features computed once, of the images as they are."""
     config = probe.config
-    return lambda which: evaluation.cached_batches(train.rows(which), batch_size=config.batch_size, seed=config.seed)
+    return lambda which: evaluation.cached_batches(train.images(which), batch_size=config.batch_size, seed=config.seed)
 
 
 def new_views(probe: Probe, encoder: nn.Module) -> BatchesOf:
@@ -235,8 +251,8 @@ def linear_classifiers(probe: Probe, encoder: nn.Module, train: Features, test: 
     def fit(
         which: NDArray[np.int64], candidates: Sequence[Candidate], measured: Sequence[str]
     ) -> tuple[nn.Module, nn.Linear, dict[str, Curve]]:
-        sets = {"validation": train.rows(probe.validation), "train": train, "test": test}
-        mean, std = evaluation.standardisation(train.rows(which))
+        sets = {"validation": train.images(probe.validation), "train": train, "test": test}
+        mean, std = evaluation.standardisation(train.images(which))
         found = evaluation.fit_linear(
             batches_of(which),
             candidates,
@@ -256,8 +272,8 @@ def fine_tuned_classifiers(probe: Probe, encoder: nn.Module, width: int) -> Fit:
     """Return the fit of encoder and linear classifier together, from the given encoder, one candidate after another."""
     sets = {
         "validation": (probe.train, probe.validation),
-        "train": (probe.train, every_image(probe.train)),
-        "test": (probe.test, every_image(probe.test)),
+        "train": (probe.train, probe.labelled),
+        "test": (probe.test, probe.images(probe.test)),
     }
 
     def fit(
@@ -306,11 +322,11 @@ def measure_baselines(probe: Probe) -> Iterator[Row]:
 def measure_pixels(probe: Probe) -> Row:
     """Measure the images themselves, less the mean training image."""
     started, normalisation = time.perf_counter(), probe.pretrained.facts.normalisation
-    train = evaluation.raw_pixel_features(probe.train, every_image(probe.train), normalisation=normalisation)
+    train = evaluation.raw_pixel_features(probe.train, probe.labelled, normalisation=normalisation)
     centre = train.representation.double().mean(dim=0).float()
     train.representation.sub_(centre)
     test = evaluation.raw_pixel_features(
-        probe.test, every_image(probe.test), normalisation=normalisation, centre=centre
+        probe.test, probe.images(probe.test), normalisation=normalisation, centre=centre
     )
     knn = measure_knn(probe, train, test)
     scores = None
@@ -338,6 +354,8 @@ def say_result(result: ProbeResult, path: Path) -> None:
     if remark := report.at_edge(result.config, result.scores.chosen):
         print(f"{remark}\n")
     print(f"classifier: {path.parent / checkpoint.CLASSIFIER}\nreport:     {path}")
+    if result.config.pdf:
+        print(f"            {path.with_suffix('.pdf')}")
 
 
 def cli() -> None:

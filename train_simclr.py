@@ -1,10 +1,12 @@
 r"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
 
     python train_simclr.py demo
+    python train_simclr.py --repeat results/demo
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 \
         train_simclr.py cifar10-simclr-100 --world-size 4
 
-With the data file, the configuration determines the weights, whatever the number of devices. A run that was cut off
+With the data file, the configuration determines the weights, whatever the number of devices; --repeat RUN takes it from
+another run's manifest. A run that was cut off
 continues, in the middle of an epoch too, when the same command is given again. One that is asked to stop, by a signal
 to any process, saves first and ends with status 75.
 """
@@ -28,7 +30,7 @@ from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
 from simclr.optim import set_learning_rate
-from simclr.run import checkpoint, files, host, launch, memory
+from simclr.run import checkpoint, files, host, launch, memory, repeating
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.run.meter import Meter
@@ -189,8 +191,10 @@ def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:
             kernels=run.config.speed.kernels,
             bf16_matmul=config.bf16_matmul,
         )
-    else:
+    elif config.name == "barlow_twins":
         loss = losses.barlow_twins(z1, z2, off_diagonal_weight=config.off_diagonal_weight)
+    else:
+        loss = losses.own_objective(config.name, z1, z2, dict(config.settings))
     loss = loss * config.scale
     run.accelerator.backward(loss)
     return loss
@@ -222,7 +226,6 @@ def measure_and_save(run: Run, meter: Meter, *, is_last: bool) -> None:
         is_best = progress.best_knn_accuracy is None or accuracy > progress.best_knn_accuracy
         progress.best_knn_accuracy = max(accuracy, progress.best_knn_accuracy or 0.0)
         run.log.write("knn", step=progress.step, epoch=run.epoch, knn_accuracy=accuracy)
-        run.accelerator.log({"knn_accuracy": accuracy}, step=progress.step)
         run.log.say(f"epoch {run.epoch}: validation kNN {accuracy:.2f} %" + (" (best)" if is_best else ""))
     elif at_end:
         is_best = progress.best_knn_accuracy is None  # nothing was measured: the last epoch stands for the best
@@ -294,7 +297,16 @@ def save(run: Run, *, is_best: bool) -> None:
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
-    conclude(parse_train_config(description=__doc__))
+    try:
+        source, words = repeating.take_option(sys.argv[1:])
+        start = None if source is None else repeating.config_to_repeat(source)
+        config = parse_train_config(words, description=__doc__, start=start)
+        if source is not None:
+            repeating.require_same_images(source, config)
+            repeating.say_differences(source, config)
+    except ValueError as error:  # what the user can put right
+        sys.exit(f"train_simclr.py: {error}")
+    conclude(config)
 
 
 def conclude(config: TrainConfig) -> None:

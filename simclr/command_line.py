@@ -5,6 +5,7 @@ python train_simclr.py cifar10-simclr-100 --data data/cifar10/train.beton --seed
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from simclr import parts
 from simclr.beton import BetonError, load_facts
 from simclr.config import TrainConfig
 from simclr.presets import DEFAULT, PRESETS
@@ -27,25 +29,46 @@ _CHANGED_OPTIONS = {
 }
 
 
-def parse_train_config(arguments: Sequence[str] | None = None, description: str | None = None) -> TrainConfig:
-    """Read ``[PRESET] [--field value ...]``, by default from the command line.
+def parse_train_config(
+    arguments: Sequence[str] | None = None, description: str | None = None, start: TrainConfig | None = None
+) -> TrainConfig:
+    """Read ``[PRESET] [--field value ...]``, by default from the command line; with ``start``, no preset but that.
 
-    Without a preset, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
+    Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
     a message. Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is
     taken, aloud.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if start is not None:
+        return tyro.cli(TrainConfig, default=start, args=words, description=description)
     if not words or (words[0].startswith("-") and words[0] not in {"-h", "--help"}):
         words = [DEFAULT, *words]
     options = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for option in sorted(options & _CHANGED_OPTIONS.keys()):
         print(f"{option} {_CHANGED_OPTIONS[option]}", file=sys.stderr)
         sys.exit(2)
+    try:
+        _load_parts(words)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     choices = {
         name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
     }
     config: TrainConfig = tyro.extras.overridable_config_cli(choices, args=words, description=description)
     return config if "--global-batch-size" in options else _fit_batch(config)
+
+
+def _load_parts(words: Sequence[str]) -> None:
+    """Execute the file of ``--parts``, so that the names in the other options are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--parts")
+    try:
+        path = parser.parse_known_args(words)[0].parts
+    except argparse.ArgumentError:
+        return  # --parts without a file, which is refused by what reads all options
+    if path not in (None, "None"):
+        parts.load(path)
 
 
 def _fit_batch(config: TrainConfig) -> TrainConfig:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, Suppress
 
-from simclr import schema
+from simclr import parts, schema
 from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
-from simclr.models import ModelConfig
+from simclr.models import ModelConfig, require_known_encoder
 from simclr.optim import learning_rate_at
 from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
 from simclr.schema import to_json as to_json
@@ -28,6 +28,7 @@ Batch = Annotated[Size, Must(lambda value: value >= 2, "at least 2, since an ima
 Timeout = Annotated[float, Must(lambda value: 0 < value <= 1e9, "> 0, and at most 1e9")]
 ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
 Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
+Fraction = Annotated[float, Must(lambda value: 0 < value <= 1, "above 0, and at most 1")]
 Loader = Literal["auto", "ffcv", "memory"]
 CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
 
@@ -36,8 +37,8 @@ CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
 class LossConfig:
     """The objective."""
 
-    name: Literal["nt_xent", "barlow_twins"] = "nt_xent"
-    """nt_xent: SimCLR. barlow_twins: Barlow Twins."""
+    name: str = "nt_xent"
+    """nt_xent: SimCLR. barlow_twins: Barlow Twins. Or one that --parts registers."""
 
     temperature: Positive = 0.5
     """nt_xent's temperature tau, unitless."""
@@ -50,6 +51,19 @@ class LossConfig:
 
     bf16_matmul: bool = False
     """Whether nt_xent rounds the factors of its matrix products to bfloat16."""
+
+    settings: tuple[tuple[str, float], ...] = ()
+    """Keyword arguments of an objective of your own, such as margin 0.2."""
+
+    def describe(self) -> str:
+        """Return objective and settings in one line."""
+        if self.name == "nt_xent":
+            return f"nt_xent, temperature {self.temperature:g}"
+        if self.name == "barlow_twins":
+            return f"barlow_twins, off-diagonal weight {self.off_diagonal_weight:g}, centred"
+        return ", ".join(
+            [f"{self.name}, of the run's own parts", *(f"{name} {value:g}" for name, value in self.settings)]
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,16 @@ class TrainConfig:
     view_2: ViewSpec = field(default_factory=ViewSpec)
     speed: OmitArgPrefixes[SpeedConfig] = field(default_factory=SpeedConfig)
 
+    augmentation: str = "standard"
+    """standard: the operations of view_1 and view_2. Or one that --parts registers."""
+
+    parts: Path | None = None
+    """A Python file that registers an encoder, a projector, an objective or views of your own; it is executed. See
+    docs/own_parts.md."""
+
+    parts_sha256: Annotated[str, Suppress] = ""
+    """Of that file's content; filled in."""
+
     view_sizes: tuple[tuple[Size, Positive], ...] = ()
     """Side of the views in pixels, and the share of the epochs that it holds for, such as 16 0.5 24 0.3: smaller views
     first take less time. The epochs after these have views of the stored images' side; so has every measurement."""
@@ -196,8 +220,11 @@ class TrainConfig:
     log_every_steps: Size = 10
     """How often a line of metrics is written; reading them makes the host wait for the device."""
 
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where metrics go besides metrics.jsonl (through accelerate)."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where all that metrics.jsonl has goes too (through accelerate), under the name <name>-seed<seed>."""
+
+    tracker_project: Annotated[str, Must(lambda name: bool(name.strip()), "a name")] = "simclr"
+    """The project that trackio and W&B put the run in. TensorBoard has none."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run, naming the field, its value and the way out."""
@@ -206,6 +233,9 @@ class TrainConfig:
         require(valid_name, "name", self.name, "a name for a folder, without slashes")
         fits = sum(share for _, share in self.view_sizes) <= 1
         require(fits, "view_sizes", self.view_sizes, "shares of the epochs that are at most 1 in all")
+        if self.parts is not None and not self.parts_sha256:
+            object.__setattr__(self, "parts_sha256", parts.sha256_of(self.parts))
+        self._require_known_parts()
         names = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
             require(name.split(".")[0] in names, "allow_changed", name, "the name of a setting")
@@ -217,10 +247,30 @@ class TrainConfig:
         if self.loss.bf16_matmul:
             require(speed.nt_xent_form != "matrix", "nt_xent_form", "matrix", "another with loss.bf16_matmul")
 
+    def _require_known_parts(self) -> None:
+        try:
+            require_known_encoder(self.model.encoder)
+            parts.PROJECTORS.require(self.model.projector, "model.projector")
+            parts.OBJECTIVES.require(self.loss.name, "loss.name")
+            parts.require_settings(self.loss.name, (name for name, _ in self.loss.settings))
+            parts.VIEWS.require(self.augmentation, "augmentation")
+        except ValueError as error:
+            if self.parts is None or parts.is_loaded(self.parts_sha256):
+                raise
+            raise ValueError(
+                f"{error}. This run has parts of its own, of {self.parts} (SHA-256 {self.parts_sha256[:12]}...): name "
+                f"that file with --parts, or in Python call simclr.parts.load({str(self.parts)!r}) before"
+            ) from error
+
     @property
     def folder(self) -> Path:
         """Where the run is kept."""
-        return self.output or Path("results") / f"{self.name}-seed{self.seed}"
+        return self.output or Path("results") / self.full_name
+
+    @property
+    def full_name(self) -> str:
+        """What tells the run from others that differ in their seed."""
+        return f"{self.name}-seed{self.seed}"
 
     def for_images(self, num_images: int) -> Self:
         """Return the same with what depends on the number of images filled in."""
@@ -343,6 +393,10 @@ LIGHT_VIEW = ViewSpec(crop_scale=(0.5, 1.0), jitter_probability=0.0, grayscale_p
 
 _CANDIDATES: dict[str, dict[str, tuple[float, ...]]] = {
     "linear": {"learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "weight_decays": (0.0, 1e-5, 1e-4, 1e-3)},
+    "linear, few labels": {
+        "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+        "weight_decays": (0.0, 1e-3, 1e-2, 0.1),
+    },
     "finetune": {"learning_rates": (0.01, 0.03, 0.1), "weight_decays": (5e-4,)},
 }
 
@@ -354,6 +408,9 @@ class ProbeConfig:
     run: Path
     """Folder of a pretraining run, or a checkpoint file in it."""
 
+    parts: Path | None = None
+    """The file that the run was trained with, if it has parts of its own; it is executed."""
+
     train: Path | None = None
     """Training images. Default: the file the encoder was pretrained on."""
 
@@ -362,7 +419,7 @@ class ProbeConfig:
 
     output: Path | None = None
     """Where simclr_lin_best.pt, the figures and the report go. Default: in the run's folder, probe-linear,
-    probe-linear-augmented or probe-finetune."""
+    probe-linear-augmented or probe-finetune, with few labels followed by -labels- and the fraction."""
 
     mode: Literal["linear", "finetune"] = "linear"
     """linear: the encoder stays frozen, which is proven. finetune: it is trained too, from the pretrained weights."""
@@ -386,12 +443,19 @@ class ProbeConfig:
     (linear), 0.01 0.03 0.1 (finetune)."""
 
     weight_decays: tuple[NotNegative, ...] = ()
-    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 5e-4 (finetune)."""
+    """Candidates, chosen likewise. Default: 0 1e-5 1e-4 1e-3 (linear), 0 1e-3 1e-2 1e-1 (linear, few labels), 5e-4
+    (finetune)."""
 
     momentum: Momentum = 0.9
     num_validation: Size | None = None
     """Images of the training file held out to choose on. Default: those that the run measured kNN on; a tenth, at most
     5,000, of a file of another size."""
+
+    label_fraction: Fraction = 1.0
+    """Share of the training file's labels that are used at all, such as 0.01 or 0.1: drawn by the seed, as many of each
+    class, and written to labels.json. A fifth of them is held out to choose on (num_validation has no meaning then), a
+    folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of the images
+    fitted on."""
 
     knn_neighbours: Size | None = None
     """Default: 20, or as many as there are."""
@@ -400,6 +464,12 @@ class ProbeConfig:
 
     baselines: bool = True
     """Whether raw pixels and the untrained encoder are measured too."""
+
+    map_points: Count = 2000
+    """Test images in the report's map (t-SNE), at most; drawn by the seed. 2,000 take about 7 s. 0: no map."""
+
+    pdf: bool = False
+    """Whether the report is written as report.pdf too. Needs WeasyPrint: the extra `pdf`."""
 
     seed: Seed = 0
     loader: Loader = "auto"
@@ -411,7 +481,10 @@ class ProbeConfig:
         schema.check_fields(self)
         reads_plain = self.mode == "linear" and self.features == "cached"
         require(reads_plain or not self.image_sizes, "image_sizes", self.image_sizes, "none with views or fine-tuning")
-        for name, candidates in _CANDIDATES[self.mode].items():
+        if self.label_fraction < 1:
+            require(self.num_validation is None, "num_validation", self.num_validation, "none with a label_fraction")
+        has_few_labels = self.mode == "linear" and self.label_fraction < 1
+        for name, candidates in _CANDIDATES["linear, few labels" if has_few_labels else self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
 
@@ -424,7 +497,14 @@ _MOVED = {
     **{name: f"speed.{name}" for name in ("loader", "views", "compile", "recompute", "micro_batch_size")},
     **{f"loss.{name}": f"speed.{name}" for name in ("nt_xent_form", "kernels")},
 }
-_ADDED_LATER = {"speed.recompute": False}
+_ADDED_LATER = {
+    "speed.recompute": False,
+    "loss.settings": [],
+    "augmentation": "standard",
+    "parts": None,
+    "parts_sha256": "",
+    "tracker_project": "simclr",
+}
 _GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
 _RENAMED = {("speed.nt_xent_form", "ring"): "tiled", ("speed.compile", "reduce-overhead"): "graph-compiled"}
 

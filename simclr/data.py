@@ -17,6 +17,7 @@ Shape letters: n images in the file, b images of one batch on this rank, H and W
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from abc import ABC, abstractmethod
@@ -39,6 +40,7 @@ BackendChoice = Literal["auto", "ffcv", "memory"]
 
 _CHECKSUM_LIMIT_BYTES = 1 << 30  # sha256 of a file this large takes 1 to 4 seconds; it is read at every opening
 _VALIDATION_KEY = (0x56414C4944415445, 0)  # "VALIDATE"; differs from every (seed, epoch) in use
+_FEW_LABELS_KEY = 0x4C4142454C000000  # "LABEL", and room for the classes; larger than every epoch in use
 
 
 class Batch(NamedTuple):
@@ -176,6 +178,48 @@ def validation_split(num_images: int, num_validation: int) -> tuple[NDArray[np.i
     _require_integer("num_validation", num_validation, 0, num_images - 1)
     order = _permutation(num_images, _VALIDATION_KEY)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def few_labels(
+    labels: NDArray[np.int64], *, num_classes: int, fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw a part of the labelled images, as many of each class, and hold out a fifth of it to choose on.
+
+    Each class gives k images, ``fraction`` of all labelled images over the number of classes, rounded; a class that has
+    fewer gives all. What a smaller fraction draws is part of what a larger one draws with the same seed.
+
+    Args:
+        labels: Of all images of the training set, int64 (n,); -1 for an image without a label.
+        num_classes: c.
+        fraction: In (0, 1].
+        seed: Of the draw, in [0, 2**64).
+
+    Returns:
+        Indices of the images to fit on and of those to choose on (of each class a fifth, rounded down, but at least 1),
+        each int64 and sorted.
+
+    Raises:
+        ValueError: If a class gives fewer than 2 images.
+
+    Source:
+        Chen et al. 2020, arXiv:2002.05709, section 6 and appendix B.5: 1 % and 10 %, balanced by class.
+    """
+    num_labelled = int((labels >= 0).sum())
+    k = math.floor(fraction * num_labelled / num_classes + 0.5)
+    fit, choose = [], []
+    for number in range(num_classes):
+        members = np.flatnonzero(labels == number)
+        drawn = members[_permutation(len(members), (seed, _FEW_LABELS_KEY + number))][:k]
+        if len(drawn) < 2:
+            raise ValueError(
+                f"label_fraction {fraction:g} of {num_labelled} labelled images in {num_classes} classes is {k} of "
+                f"each, and class {number} has {len(members)}; 2 of each are needed, one to fit on and one to choose "
+                f"on. Use --label-fraction {2 * num_classes / num_labelled:.2g} or more, and a file that has them"
+            )
+        held_out = max(1, len(drawn) // 5)
+        choose.append(drawn[:held_out])
+        fit.append(drawn[held_out:])
+    return np.sort(np.concatenate(fit)), np.sort(np.concatenate(choose))
 
 
 def _permutation(n: int, key: tuple[int, int]) -> NDArray[np.int64]:

@@ -40,7 +40,7 @@ from data_prep.convert import map_in_order
 from data_prep.find import Found, all_images, as_text
 from data_prep.image_folder import list_unreadable, refusal, summary
 from data_prep.read_image import Loaded, load
-from simclr import beton
+from simclr import beton, parts
 from simclr.evaluation import DivergedError, combined_sha256, fingerprint
 from simclr.export import WEIGHTS, Encoder, load_encoder, metadata_of
 from simclr.run import checkpoint, files, host, launch
@@ -70,6 +70,8 @@ class Options:
     pretrained on are stored, or as exported."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward pass. Features are float32 in either case."""
+    parts: Path | None = None
+    """The file that the run was trained with, if it has parts of its own; it is executed."""
     device: str | None = None
     """Such as cpu or cuda:1. Default: the first accelerator, the CPU if there is none."""
     force: bool = False
@@ -88,6 +90,8 @@ def main(options: Options) -> Path:
     """
     writer = _writer_for(options.output)
     device = _device(options.device)
+    if options.parts is not None:
+        parts.load(options.parts)
     encoder = open_encoder(options.run, device, options.image_size)
     images = (open_beton if options.images.suffix == ".beton" else open_folder)(options.images, encoder)
     job = _job(encoder, options.precision, device)

@@ -68,6 +68,10 @@ class Features:
         at = torch.from_numpy(which).to(self.label.device)
         return Features(self.representation[at], self.label[at], self.index[at])
 
+    def images(self, which: NDArray[np.int64]) -> Features:
+        """Return the features of the given images of the file, in that order; ``index`` is sorted and has them all."""
+        return self.rows(np.searchsorted(self.index.cpu().numpy(), which))
+
     @staticmethod
     def joined(parts: Sequence[Features]) -> Features:
         """Return all rows of the parts, in order."""

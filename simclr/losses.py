@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, SupportsFloat, get_args
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr import distributed
+from simclr import distributed, parts
 from simclr.distributed import at_least_float32
 from simclr.unit_length import power_of_two, unit_rows
 
@@ -190,6 +190,39 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
     with torch.autocast(z1.device.type, enabled=False):
         loss: Tensor = _BarlowTwins.apply(at_least_float32(z1), at_least_float32(z2), n, off_diagonal_weight, centre)
     return distributed.shared_gradient(loss)
+
+
+def own_objective(name: str, z1: Tensor, z2: Tensor, settings: Mapping[str, float]) -> Tensor:
+    """Return the value of an objective that somebody has registered (:mod:`simclr.parts`).
+
+    It is a function of the projections of the whole batch, which every rank gathers and computes it from. So any
+    function is equal to one device, whatever it does, and need not know of ranks. What that costs is that each rank
+    computes the whole loss; ``nt_xent`` shows how a rank can do its share.
+
+    Args:
+        name: Of the objective.
+        z1: Projections of the first view, shape (b, d), floating point.
+        z2: Projections of the second view, same shape, dtype and device as ``z1``.
+        settings: Its keyword arguments.
+
+    Returns:
+        What the function makes of ``z1`` and ``z2`` of all ranks, (n, d) each, in the order of the batch, in float32 at
+        least and outside autocast: a scalar, the same on every rank.
+
+    Raises:
+        ValueError: If ``z1`` and ``z2`` do not fit, or the function returns no scalar with a gradient.
+
+    Note:
+        Collective call: every rank must make it, and the backward pass.
+    """
+    _check_pair(z1, z2)
+    with torch.autocast(z1.device.type, enabled=False):
+        pairs = torch.stack([at_least_float32(z1), at_least_float32(z2)], dim=1)
+        loss = parts.OBJECTIVES[name](*distributed.gather_with_grad(pairs).unbind(dim=1), **settings)
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or (z1.requires_grad and not loss.requires_grad):
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"the objective {name} must return a scalar tensor that has a gradient, and returned {what}")
+    return loss
 
 
 class _BarlowTwins(torch.autograd.Function):

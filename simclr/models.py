@@ -1,4 +1,4 @@
-"""Encoder and projector. The only user of timm.
+"""Encoder and projector. The only user of timm, which is imported where it is needed: see :mod:`simclr.small_resnet`.
 
 Shape letters: b images, H x W pixels, D representation width, d projection width.
 """
@@ -10,21 +10,26 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import timm
 import torch
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.norm_act import convert_sync_batchnorm
-from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from simclr import parts
 from simclr.batch_norm import replace_batch_norm, require_known_batch_norm
 from simclr.schema import Size, check_fields
+from simclr.small_resnet import SmallResNet, initialise, widening
 
 Stem = Literal["auto", "cifar", "patch2", "original"]
-ProjectorKind = Literal["simclr2", "simclr3", "barlow3", "none"]
 
 # Below this side an ImageNet stem, which divides it by 4, throws most of the image away.
 SMALL_IMAGE = 64
+
+_SMALL_RESNET = re.compile(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?")
+
+# Names of timm's that presets have: they are known without importing it.
+_SURE = re.compile(r"resnet(18|34|50|101|152)(_d[1-9]\d*)?")
+
+# Conv2dSame, which is timm's, pads as TensorFlow does.
+_PLAIN_CONVOLUTIONS = {"Conv2d", "Conv2dSame"}
 
 # Input channels that a 1x1 convolution with a stride must have: see _require_right_gradients.
 _FEWEST_CHANNELS = 8
@@ -35,18 +40,19 @@ class ModelConfig:
     """What to build."""
 
     encoder: str = "resnet18"
-    """Any timm model name, or small_resnet_wN (N: width of the first stage, 8 or more): one basic block per stage at
-    widths N, 2N, 4N, for CPUs. _dD behind a timm ResNet or a small one: a 1x1 convolution at the end that widens the
-    representation to D, such as resnet18_d2048."""
+    """Any timm model name, also one that --parts registers. Or small_resnet_wN (N: width of the first stage, 8 or
+    more): one basic block per stage at widths N, 2N, 4N, for CPUs. _dD behind a timm ResNet or a small one: a 1x1
+    convolution at the end that widens the representation to D, such as resnet18_d2048."""
 
     stem: Stem = "auto"
     """First layers. cifar: 3x3 convolution, stride 1, no max-pool (SimCLR appendix B.9). patch2: 2x2 convolution,
     stride 2, no max-pool (a quarter of the compute). original: timm's own. auto: cifar for images of at most 64
-    pixels, patch2 for small_resnet, else original."""
+    pixels, patch2 for small_resnet, else original; an encoder of your own stays as it is."""
 
-    projector: ProjectorKind = "simclr2"
+    projector: str = "simclr2"
     """simclr2: linear-ReLU-linear (SimCLR). simclr3: three layers with batch normalisation after each (SimCLR v2).
-    barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity."""
+    barlow3: three layers, batch normalisation and ReLU between them (Barlow Twins). none: the identity. Or one that
+    --parts registers."""
 
     projector_hidden: Size = 512
     """Width of the projector's hidden layers."""
@@ -81,6 +87,8 @@ class SimCLR(nn.Module):
         self.encoder = make_encoder(config.encoder, config.stem, image_size)
         self.representation_dim = _output_width(self.encoder, image_size)
         self.projector = make_projector(config, self.representation_dim)
+        if config.projector in parts.PROJECTORS:
+            _require_projections(config.projector, self.projector, self.representation_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and project.
@@ -107,30 +115,29 @@ class SimCLR(nn.Module):
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     """Return a randomly initialised encoder (b, 3, H, W) -> (b, D). Errors as :class:`SimCLR`."""
     if name.startswith("small_resnet_w"):
-        encoder = _small_resnet(name)
+        encoder: nn.Module = _small_resnet(name)
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         _require_right_gradients(encoder, name)
         return encoder
     if widened := re.fullmatch(r"(resnet\d+)_d([1-9]\d*)", name):
         encoder = make_encoder(widened[1], stem, image_size)
         stage = encoder.get_submodule("layer4")
-        assert isinstance(encoder, ResNet)
         assert isinstance(stage, nn.Sequential)
-        stage.append(_widen(encoder.num_features, int(widened[2])))
+        assert isinstance(encoder.num_features, int)
+        stage.append(widening(encoder.num_features, int(widened[2])))
         return encoder
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
-        raise ValueError(
-            f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD"
-        )
-    if stem == "auto":
-        stem = "cifar" if image_size <= SMALL_IMAGE else "original"
+    require_known_encoder(name)
+    import timm
+
     try:
         facts = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise ValueError(
             f"timm has no model named {name!r}: {error} (the weights are random, so no tag is needed)"
         ) from error
+    if stem == "auto":
+        # Of an encoder that somebody has registered timm knows nothing, so it stays as it is.
+        stem = "cifar" if image_size <= SMALL_IMAGE and facts is not None else "original"
     first_conv = facts.first_conv if facts else None
     is_transformer = isinstance(first_conv, str) and first_conv.startswith("patch_embed")
     if is_transformer:
@@ -146,6 +153,28 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
             _fit_first_layers(encoder, first_conv, stem, name)
     _require_right_gradients(encoder, name)
     return encoder
+
+
+def require_known_encoder(name: str) -> None:
+    """Raise ValueError, with names that are near, if :func:`make_encoder` knows no such encoder."""
+    name_of_timm = re.sub(r"^(resnet\d+)_d[1-9]\d*$", r"\1", name)
+    if name.startswith("small_resnet_w"):
+        if not _SMALL_RESNET.fullmatch(name):
+            raise ValueError(
+                f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48, or with _d "
+                "and the representation's width, such as small_resnet_w48_d768"
+            )
+        return
+    if _SURE.fullmatch(name):
+        return
+    import timm
+
+    if not timm.is_model(name_of_timm):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
+        raise ValueError(
+            f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD; or "
+            "one that --parts registers"
+        )
 
 
 def _require_right_gradients(encoder: nn.Module, name: str) -> None:
@@ -166,7 +195,10 @@ def _require_right_gradients(encoder: nn.Module, name: str) -> None:
 
 
 def make_projector(config: ModelConfig, representation_dim: int) -> nn.Module:
-    """Return the projector (b, D) -> (b, d)."""
+    """Return the projector (b, D) -> (b, d). Raises ValueError if none has this name."""
+    parts.PROJECTORS.require(config.projector, "model.projector")
+    if config.projector in parts.PROJECTORS:
+        return parts.PROJECTORS[config.projector](representation_dim, config)
     hidden, out = config.projector_hidden, config.projection_dim
     if config.projector == "none":
         return nn.Identity()
@@ -193,6 +225,8 @@ def use_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     batch statistics in a way of its own.
     """
     if device.type == "cuda":
+        from timm.layers.norm_act import convert_sync_batchnorm
+
         require_known_batch_norm(model)
         converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return converted
@@ -204,39 +238,17 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _small_resnet(name: str) -> nn.Module:
-    """Return small_resnet_wN or small_resnet_wN_dD, with timm's first layers."""
-    match = re.fullmatch(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?", name)
-    if match is None:
-        raise ValueError(
-            f"model.encoder {name!r}: expected small_resnet_w and a width, such as small_resnet_w48, or with _d and "
-            "the representation's width, such as small_resnet_w48_d768"
-        )
-    width = int(match[1])
-    # Blocks that begin as the identity, timm's default, help deep networks; this one learns faster without.
-    encoder: nn.Module = ResNet(
-        BasicBlock,  # type: ignore[arg-type]
-        layers=(1, 1, 1),
-        channels=(width, 2 * width, 4 * width),
-        num_classes=0,
-        zero_init_last=False,
-    )
-    # timm's forward pass names four stages. Here the fourth may be what MobileNets end with: a linear classifier reads
-    # more from a wide representation, and on maps this small it costs little.
-    encoder.layer4 = nn.Identity()
-    if match[2]:
-        encoder.layer4 = _widen(4 * width, int(match[2]))
-    return encoder
-
-
-def _widen(channels: int, width: int) -> nn.Sequential:
-    """Return a 1x1 convolution to ``width`` channels, normalisation and ReLU, initialised as timm's ResNet."""
-    convolution = nn.Conv2d(channels, width, 1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+def _small_resnet(name: str) -> SmallResNet:
+    """Return small_resnet_wN or small_resnet_wN_dD, with the first layers of an ImageNet network."""
+    require_known_encoder(name)
+    match = _SMALL_RESNET.fullmatch(name)
+    assert match is not None
+    return SmallResNet(int(match[1]), int(match[2]) if match[2] else None)
 
 
 def _create(name: str, **options: Any) -> nn.Module:
+    import timm
+
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
     except (TypeError, RuntimeError, AssertionError) as error:
@@ -252,14 +264,13 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
     parent = encoder.get_submodule(parent_name)
     old = encoder.get_submodule(first_conv)
     # Another subclass, such as one that standardises its weights, has its reasons.
-    if not isinstance(old, nn.Conv2d) or type(old) not in (nn.Conv2d, Conv2dSame):
+    if not isinstance(old, nn.Conv2d) or type(old).__name__ not in _PLAIN_CONVOLUTIONS:
         raise ValueError(
             f"the first layer of {name}, {first_conv}, is a {type(old).__name__}, not a plain convolution; "
             "use stem original"
         )
     kernel, stride, padding = (3, 1, 1) if stem == "cifar" else (2, 2, 0)
-    new = nn.Conv2d(3, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")  # as timm's ResNet
+    new = initialise(nn.Conv2d(3, old.out_channels, kernel, stride, padding, bias=old.bias is not None))
     if new.bias is not None:
         nn.init.zeros_(new.bias)
     setattr(parent, attribute, new)
@@ -270,6 +281,19 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
         except AttributeError:
             continue
         setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
+
+
+def _require_projections(name: str, projector: nn.Module, representation_dim: int) -> None:
+    """Check what a projector promises that somebody has registered: (b, D) -> (b, d)."""
+    was_training = projector.training
+    try:
+        with torch.no_grad():
+            z = projector.eval()(torch.zeros(2, representation_dim))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the projector {name} cannot take (2, {representation_dim}): {error}") from error
+    projector.train(was_training)
+    if z.ndim != 2 or len(z) != 2:
+        raise ValueError(f"the projector {name} returns shape {tuple(z.shape)} for 2 representations, expected (2, d)")
 
 
 def _output_width(encoder: nn.Module, image_size: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from simclr import beton, data
-from simclr.data import EpochPlan, open_images, validation_split
+from simclr.data import EpochPlan, few_labels, open_images, validation_split
 
 NUM_IMAGES, HEIGHT, WIDTH = 1003, 8, 6
 
@@ -431,3 +431,46 @@ def test_without_ffcv_auto_reads_from_memory_and_says_why(
         open_images(file, backend="ffcv")
     assert why in str(refusal.value)
     assert '--loader memory (in Python: backend="memory")' in str(refusal.value)
+
+
+# -------------------------------------------------------------------------------------------------------- few labels
+
+
+def labels_of(counts: tuple[int, ...], unlabelled: int = 0) -> NDArray[np.int64]:
+    labels = np.repeat(np.arange(-1, len(counts)), (unlabelled, *counts))
+    return np.random.default_rng(0).permutation(labels)
+
+
+@pytest.mark.parametrize(("fraction", "fit", "choose"), [(0.01, 4, 1), (0.1, 40, 10), (0.014, 6, 1), (0.992, 397, 99)])
+def test_few_labels_are_the_same_number_of_each_class(fraction: float, fit: int, choose: int) -> None:
+    labels = labels_of((500, 500, 500), unlabelled=70)
+    drawn = few_labels(labels, num_classes=3, fraction=fraction, seed=4)
+    for indices, number in zip(drawn, (fit, choose), strict=True):
+        assert np.bincount(labels[indices], minlength=3).tolist() == [number] * 3
+        assert (np.diff(indices) > 0).all()
+    assert not set(drawn[0]) & set(drawn[1])
+
+
+def test_few_labels_are_drawn_by_the_seed_and_a_smaller_part_is_part_of_a_larger_one() -> None:
+    labels = labels_of((100, 100))
+
+    def draw(fraction: float, seed: int) -> set[int]:
+        return {int(i) for part in few_labels(labels, num_classes=2, fraction=fraction, seed=seed) for i in part}
+
+    assert draw(0.1, 0) == draw(0.1, 0) != draw(0.1, 1)
+    assert draw(0.05, 0) < draw(0.1, 0) < draw(0.5, 0)
+    seen = np.bincount([i for seed in range(400) for i in draw(0.1, seed)], minlength=200)
+    assert 15 <= seen.min() <= 40 <= seen.max() <= 68  # 40 are expected, with a deviation of 6
+
+
+def test_a_class_with_fewer_images_gives_all_it_has() -> None:
+    labels = labels_of((100, 3))
+    fit, choose = few_labels(labels, num_classes=2, fraction=0.2, seed=0)
+    assert np.bincount(labels[fit]).tolist() == [8, 2]
+    assert np.bincount(labels[choose]).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(("counts", "fraction"), [((100, 100), 0.01), ((100, 1), 0.5), ((100, 0), 0.5)])
+def test_a_class_without_two_labels_is_refused(counts: tuple[int, ...], fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"label_fraction .* 2 of each are needed.*--label-fraction 0\.0"):
+        few_labels(labels_of(counts), num_classes=2, fraction=fraction, seed=0)

@@ -17,16 +17,17 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from timm.models import _registry
 from torch import Tensor, nn
 
 from data_prep.read_image import Loaded, load
 from simclr.config import TrainConfig, to_json
 from simclr.evaluation import combined_sha256, fingerprint
 from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, _sha256, load_encoder, main
+from simclr.export.timm_alone import timm_alone
 from simclr.models import ModelConfig, SimCLR, Stem, make_encoder
 from simclr.run import checkpoint, runlog
 from simclr.run.checkpoint import CheckpointError
-from simclr.timm_alone import timm_alone
 from simclr.views import plain_view
 from tests.run.test_checkpoint import FACTS
 
@@ -129,8 +130,8 @@ def test_every_way_out_gives_the_probes_features_in_a_process_without_this_proje
     larger = write_run(tmp_path / "3", "small_resnet_w8").encoder
     main(Options(tmp_path / "3", tmp_path / "larger", onnx="no", image_size=24))
     own = Own().eval()
-    monkeypatch.setattr("simclr.models.make_encoder", lambda *_: own)  # as one that is registered
-    write_run(tmp_path / "4", "of_my_own")
+    monkeypatch.setitem(_registry._model_entrypoints, "of_my_own", lambda **_: own)
+    write_run(tmp_path / "4", "of_my_own", "original")
     main(Options(tmp_path / "4", tmp_path / "own", onnx="no"))
     monkeypatch.undo()
     for name, encoder in (encoders | {"own": own}).items():
@@ -271,8 +272,8 @@ def test_a_file_that_would_be_wrong_is_not_written_and_the_earlier_export_stays(
 ) -> None:
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / CONFIG).write_text("earlier")
-    monkeypatch.setattr("simclr.models.make_encoder", lambda *_: Own(tracing).eval())
-    write_run(tmp_path, "of_my_own")
+    monkeypatch.setitem(_registry._model_entrypoints, "of_my_own", lambda **_: Own(tracing).eval())
+    write_run(tmp_path, "of_my_own", "original")
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=message):
         main(Options(tmp_path))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 import linear_probe
-from simclr import beton, evaluation
+from simclr import beton, evaluation, report
 from simclr.config import ProbeConfig, TrainConfig, to_json
-from simclr.data import open_images, validation_split
+from simclr.data import few_labels, open_images, validation_split
 from simclr.models import ModelConfig, SimCLR
 from simclr.run import checkpoint, probe
+from tests.runs import is_equal
 
 SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
 CLASSES = ("red", "green", "blue")
@@ -85,6 +89,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(autouse=True)
+def _figures_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes seconds; the outcome below has them."""
+    names = ("curves", "confusion", "pairs", "neighbours")
+    monkeypatch.setattr(report, "draw_all", lambda *_: {name: [] for name in names})
+
+
 def settings(place: Path, output: Path | None, **changes: Any) -> ProbeConfig:
     defaults: dict[str, Any] = {
         "learning_rates": RATES,
@@ -94,6 +105,7 @@ def settings(place: Path, output: Path | None, **changes: Any) -> ProbeConfig:
         "num_validation": NUM_VALIDATION,
         "knn_neighbours": 5,
         "loader": "memory",
+        "map_points": 0,
     }
     return ProbeConfig(run=place / "run", output=output, **{**defaults, **changes})
 
@@ -128,12 +140,14 @@ def test_results_lie_beside_the_run_by_kind_and_replacing_them_is_said(
 @pytest.fixture(scope="module")
 def outcome(place: Path) -> Path:
     """The report of the standard evaluation."""
-    return linear_probe.main(settings(place, place / "out"))
+    return linear_probe.main(settings(place, place / "out", map_points=2000))
 
 
 def test_everything_that_was_promised_is_written(outcome: Path) -> None:
     promised = {"simclr_lin_best.pt", "probe.json", "report.md", "report.html"}
-    promised |= {f"{name}.png" for name in ("curves", "confusion", "pairs", "pretraining")}
+    promised |= {f"{name}.png" for name in ("confusion", "classes", "map", "pretraining-loss", "pretraining-knn")}
+    promised |= {f"{name}.png" for name in ("pretraining-rate", "curves-loss", "curves-accuracy")}
+    promised |= {f"{name}-{i}.png" for name in ("pairs", "neighbours") for i in (1, 2)}
     assert {path.name for path in outcome.parent.iterdir()} == promised
 
 
@@ -479,3 +493,101 @@ def test_what_accelerate_is_asked_for_in_vain_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         linear_probe.main(ProbeConfig(run=tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- few labels
+
+FEW: dict[str, Any] = {"label_fraction": 0.25, "num_validation": None, "seed": 3}  # of 40 images of each class 10
+
+
+@pytest.mark.parametrize("mode", ["linear", "augmented", "finetune"])
+def test_with_few_labels_all_others_and_their_images_change_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Images that were not drawn are blackened, and their labels turned, once the images to fit on are drawn."""
+    changes: dict[str, Any] = {
+        "linear": FEW,
+        "augmented": FEW | {"features": "augmented", "baselines": False},
+        "finetune": FEW | {"mode": "finetune", "learning_rates": (0.1,), "epochs": 2, "baselines": False},
+    }[mode]
+    shutil.copy(place / "run" / checkpoint.BEST, place / "run" / checkpoint.LAST)
+    once = numbers(linear_probe.main(settings(place, tmp_path / "once", **changes)))
+    opened = probe.open_probe
+
+    @contextlib.contextmanager
+    def poisoned(config: ProbeConfig) -> Iterator[probe.Probe]:
+        with opened(config) as measured:
+            others = np.setdiff1d(np.arange(NUM_TRAIN), np.union1d(measured.fit, measured.validation))
+            assert len(others) == 90
+            source: Any = measured.train
+            source.stored[others] = 0
+            source._labels[others] = (source._labels[others] + 1) % 3
+            yield measured
+
+    monkeypatch.setattr(linear_probe, "open_probe", poisoned)
+    again = numbers(linear_probe.main(settings(place, tmp_path / "again", **changes)))
+    for key in ("rows", "trials", "curves", "confusion"):
+        left, right = (json.dumps(without_seconds(found[key])) for found in (once, again))
+        assert left == right, key
+    saved = [checkpoint.load_safely(tmp_path / name / "simclr_lin_best.pt")["model"] for name in ("once", "again")]
+    assert is_equal(*saved)
+
+
+def without_seconds(found: Any) -> Any:
+    return [{**row, "seconds": 0} for row in found] if isinstance(found, list) and "seconds" in found[0] else found
+
+
+def test_the_labels_that_were_drawn_are_listed_and_the_report_says_how_many(place: Path) -> None:
+    shutil.copy(place / "run" / checkpoint.BEST, place / "run" / checkpoint.LAST)
+    report = linear_probe.main(settings(place, None, **FEW, baselines=False))
+    assert report.parent.name == "probe-linear-labels-0.25"
+    listed, (_, labels) = json.loads((report.parent / "labels.json").read_text()), coloured(NUM_TRAIN, 0)
+    expected = few_labels(labels, num_classes=3, fraction=0.25, seed=3)
+    assert (listed["fit"], listed["validation"]) == tuple(part.tolist() for part in expected)
+    assert (listed["label_fraction"], listed["seed"]) == (0.25, 3)
+    assert listed["content_sha256"] == beton.load_facts(place / "data" / "train.beton").content_sha256
+    found, text = numbers(report), (report.parent / "report.md").read_text()
+    assert (found["num_fit"], found["num_labelled"], found["config"]["batch_size"]) == (24, 30, 8)
+    assert "**25 % of the labels** (30 training images)" in text
+    assert "of 120 labelled training images, 30 were drawn by the seed 3" in text
+    assert "was fitted on all 30 labelled training images" in text
+    assert "The checkpoint was chosen by no label" in text
+
+
+def test_with_few_labels_a_folder_stands_for_the_checkpoint_that_no_label_chose(place: Path, tmp_path: Path) -> None:
+    last = checkpoint.load_safely(place / "run" / checkpoint.BEST)
+    checkpoint.save_atomically(place / "run" / checkpoint.LAST, last | {"epoch": 7})
+    few = settings(place, tmp_path / "last", **FEW, baselines=False)
+    assert numbers(linear_probe.main(few))["pretraining_epoch"] == 7
+    named = dataclasses.replace(few, run=place / "run" / checkpoint.BEST, output=tmp_path / "best")
+    report = linear_probe.main(named)
+    assert numbers(report)["pretraining_epoch"] == 2
+    assert "chosen by kNN accuracy with all labels" in report.with_suffix(".md").read_text()
+
+
+def test_few_labels_may_be_all_that_a_file_has(place: Path, tmp_path: Path) -> None:
+    _, labels = coloured(NUM_TRAIN, 0)
+    labels[60:] = -1
+    write(tmp_path / "train.beton", NUM_TRAIN, seed=0, labels=labels)
+    few = FEW | {"label_fraction": 0.5, "train": tmp_path / "train.beton", "test": place / "data" / "test.beton"}
+    shutil.copy(place / "run" / checkpoint.BEST, place / "run" / checkpoint.LAST)
+    found = numbers(linear_probe.main(settings(place, tmp_path / "out", **few, baselines=False)))
+    assert found["num_labelled"] == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_fraction": 0.0}, "label_fraction is 0.0, expected above 0, and at most 1"),
+        ({"label_fraction": 1.5}, "label_fraction is 1.5, expected above 0, and at most 1"),
+        ({"num_validation": 10}, "num_validation is 10, expected none with a label_fraction"),
+        ({"label_fraction": 0.01}, r"is 0 of each, and class 0 has 40; .*--label-fraction 0.05"),
+        ({"knn_neighbours": 25}, "knn_neighbours is 25, but 24 labelled images are fitted on; use 24"),
+    ],
+)
+def test_few_labels_that_cannot_be_are_refused(
+    place: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copy(place / "run" / checkpoint.BEST, place / "run" / checkpoint.LAST)
+    with pytest.raises(ValueError, match=message):
+        linear_probe.main(settings(place, tmp_path / "out", **(FEW | changes)))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +22,6 @@ from simclr.batch_norm import GlobalBatchNorm
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import (
     ModelConfig,
-    ProjectorKind,
     SimCLR,
     Stem,
     count_parameters,
@@ -26,6 +29,7 @@ from simclr.models import (
     make_projector,
     use_global_batch_norm,
 )
+from simclr.small_resnet import SmallResNet, widening
 from tests.helpers import run_distributed
 
 
@@ -158,7 +162,7 @@ LINEAR, NORM, RELU = nn.Linear, nn.BatchNorm1d, nn.ReLU
         ("barlow3", False, [LINEAR, NORM, RELU, LINEAR, NORM, RELU, LINEAR], [False, False, False]),
     ],
 )
-def test_projectors(kind: ProjectorKind, batch_norm: bool, layers: list[type], biases: list[bool]) -> None:
+def test_projectors(kind: str, batch_norm: bool, layers: list[type], biases: list[bool]) -> None:
     config = ModelConfig(projector=kind, projector_hidden=7, projection_dim=5, projector_batch_norm=batch_norm)
     projector = make_projector(config, 11)
     assert [type(layer) for layer in projector.children()] == layers
@@ -302,3 +306,43 @@ def test_global_batch_norm_refuses_unknown_layers(device: str) -> None:
 
     with pytest.raises(ValueError, match="layer 0 is a Odd, whose batch statistics"):
         use_global_batch_norm(nn.Sequential(Odd(3)), torch.device(device))
+
+
+@pytest.mark.parametrize("representation_dim", [None, 40])
+@pytest.mark.parametrize("width", [16, 64])  # at 64, the first block has no convolution in its shortcut
+def test_small_resnet_is_timms_resnet_to_the_bit(width: int, representation_dim: int | None) -> None:
+    torch.manual_seed(0)
+    reference: nn.Module = ResNet(
+        BasicBlock,  # type: ignore[arg-type]
+        layers=(1, 1, 1),
+        channels=(width, 2 * width, 4 * width),
+        num_classes=0,
+        zero_init_last=False,
+    )
+    reference.layer4 = nn.Identity() if representation_dim is None else widening(4 * width, representation_dim)
+    torch.manual_seed(0)
+    own = SmallResNet(width, representation_dim)
+    expected = reference.state_dict()
+    assert list(own.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in own.state_dict().items())
+    x = torch.randn(4, 3, 32, 32)
+    outputs = [model(x) for model in (own, reference)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        torch.autograd.backward(output.square().sum())
+    gradients = zip(own.parameters(), reference.parameters(), strict=True)
+    assert all(a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad) for a, b in gradients)
+
+
+def test_a_run_of_a_small_network_does_not_import_what_takes_long() -> None:
+    """timm brings along torchvision, and that torch.compile: more than half of the time in which a process starts."""
+    code = (
+        "import sys, torch, train_simclr, linear_probe\n"
+        "from simclr.models import ModelConfig, SimCLR\n"
+        "SimCLR(ModelConfig(encoder='small_resnet_w8_d16'), 32)(torch.zeros(2, 3, 32, 32))[1].sum().backward()\n"
+        "print(*({'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

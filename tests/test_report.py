@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
 import html.parser
+import io
 import json
 import math
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import linear_probe
 from simclr import beton, report
 from simclr.beton import Facts
 from simclr.config import LossConfig, ProbeConfig, TrainConfig
-from simclr.evaluation import Candidate, Curve
+from simclr.data import open_images
+from simclr.evaluation import Candidate, Curve, Features
 from simclr.models import ModelConfig
-from simclr.report import ProbeResult, Row, Scores, Trial, ViewPairs, figures
+from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, fonts, health, pdf, pictures
+from simclr.report.pictures import Map, Neighbours, ViewPairs
 from simclr.views import ViewSpec, describe
 
 CLASSES = ("cat", "dog", "a|b", "<frog> & co")
@@ -81,6 +91,7 @@ def a_result(**changes: Any) -> ProbeResult:
         "train_facts": facts(1000),
         "test_facts": facts(400, split="test"),
         "num_fit": 900,
+        "num_labelled": 1000,
         "rows": (
             Row("raw pixels", 3072, 41.01, 40.02, dataclasses.replace(scores, test=39.03), 1.0),
             Row("untrained encoder", 512, 31.04, 30.05, dataclasses.replace(scores, test=29.06), 2.0),
@@ -100,9 +111,21 @@ def a_result(**changes: Any) -> ProbeResult:
     return ProbeResult(**{**entries, **changes})
 
 
-def some_pairs() -> ViewPairs:
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 32, 32, 3), dtype=np.uint8)
-    return ViewPairs(images[0], images[1], images[2], CLASSES)
+def some_pictures(num_classes: int = 4, num_points: int = 40) -> Pictures:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 4, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(num_points) % num_classes
+    return Pictures(
+        ViewPairs(images[0], images[1], images[2], CLASSES),
+        Neighbours(
+            images[0],
+            labels[:4],
+            images[:, :3].swapaxes(0, 1)[[0, 1, 2, 0]],
+            labels[:12].reshape(4, 3),
+            np.ones((4, 3)),
+        ),
+        Map(rng.normal(size=(num_points, 2)), labels, 400, 30.0, 500, 7, 0.875, 1.25),
+    )
 
 
 METRICS: list[dict[str, Any]] = [
@@ -110,6 +133,12 @@ METRICS: list[dict[str, Any]] = [
     *({"kind": "knn", "step": 10 * e, "epoch": e, "knn_accuracy": 40.0 + e} for e in range(1, 10)),
     {"kind": "something new", "step": 1},
 ]
+
+
+FIGURES = (
+    *("classes", "confusion", "curves-accuracy", "curves-loss", "map", "neighbours-1", "pairs-1"),
+    *("pretraining-knn", "pretraining-loss", "pretraining-rate"),
+)
 
 
 class Page(html.parser.HTMLParser):
@@ -122,7 +151,7 @@ class Page(html.parser.HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "source"):
             self.open.append(tag)
         self.images += tag == "img"
         assert tag not in ("script", "link", "iframe", "object")
@@ -138,7 +167,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    assert report.write_report(folder, a_result(), some_pairs(), METRICS) == folder / "report.html"
+    assert report.write_report(folder, a_result(), some_pictures(), METRICS) == folder / "report.html"
     return folder
 
 
@@ -152,7 +181,8 @@ def both(folder: Path) -> list[str]:
     [
         "Final test accuracy 67.31 %",  # the final accuracies after fine-tuning or probing
         "final train accuracy 71.51 %",
-        "SimCLR on CIFAR-10",
+        "custom, seed 0: SimCLR with resnet18",  # the run's name, and what was measured
+        "SimCLR on CIFAR-10:",
         "nt_xent, temperature 0.5",  # hyperparameters of both stages
         "0.03 per 256 images, so 0.06 at its peak",
         "512 images, two views each",
@@ -207,7 +237,7 @@ def test_the_table_of_results_has_every_number(written: Path) -> None:
 def test_the_page_needs_nothing_but_itself(written: Path) -> None:
     page = Page((written / "report.html").read_text())
     assert page.open == []  # every element is closed
-    assert page.images == 4
+    assert page.images == len(FIGURES)
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "http" not in page.text
     assert "url(" not in (written / "report.html").read_text()
@@ -215,11 +245,11 @@ def test_the_page_needs_nothing_but_itself(written: Path) -> None:
 
 def test_markdown_refers_to_figures_that_exist_and_are_pictures(written: Path) -> None:
     files = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (written / "report.md").read_text())
-    assert sorted(files) == ["confusion.png", "curves.png", "pairs.png", "pretraining.png"]
+    assert sorted(files) == [f"{name}.png" for name in FIGURES]
     for file in files:
         with Image.open(written / file) as picture:
             picture.load()
-            assert picture.width > 600
+            assert picture.width == 768  # all panels alike
             assert len(set(picture.convert("L").tobytes())) > 20  # something is drawn
 
 
@@ -248,8 +278,13 @@ def test_json_holds_every_number_and_no_nan(written: Path) -> None:
     assert result["environment"]["commit"] == "feedbeef"
 
 
-def written_anew(folder: Path, result: ProbeResult, **options: Any) -> str:
-    report.write_report(folder, result, options.get("pairs", some_pairs()), options.get("metrics", METRICS))
+def written_anew(folder: Path, result: ProbeResult, metrics: Sequence[Any] = METRICS, *, draw: bool = False) -> str:
+    """The report's text; its figures are left out unless they are asked for, as drawing them takes seconds."""
+    names = {name.split("-")[0] for name in FIGURES} - (set() if metrics else {"pretraining"})
+    names = {"curves" if name == "classes" else name for name in names}
+    left_out = mock.patch.object(report, "draw_all", return_value={name: [] for name in names})
+    with contextlib.nullcontext() if draw else left_out:
+        report.write_report(folder, result, some_pictures(len(result.test_facts.classes)), metrics)
     markdown, page = both(folder)
     assert len(page) > 0.5 * len(markdown)
     return markdown
@@ -304,17 +339,19 @@ def test_barlow_twins_and_runs_without_records_are_reported(tmp_path: Path) -> N
         rows=a_result().rows[-1:],
     )
     text = written_anew(tmp_path, result, metrics=[])
-    assert "Barlow Twins on CIFAR-10" in text
+    assert "custom, seed 0: Barlow Twins with resnet18" in text
     assert "barlow_twins, off-diagonal weight 0.005, centred, times 0.1" in text
     assert "Raw pixels:" not in text
-    assert not (tmp_path / "pretraining.png").exists()
-    figures.draw_pretraining([line for line in METRICS if line["kind"] == "step"], "barlow_twins")  # kNN not measured
+    assert "only the accuracies speak" in text
+    drawings = figures.pretraining_drawings([line for line in METRICS if line["kind"] == "step"], "barlow_twins")
+    assert list(drawings) == ["pretraining-loss", "pretraining-rate"]  # kNN not measured
 
 
 def test_a_hundred_classes_one_epoch_and_divergence_are_drawn(tmp_path: Path) -> None:
-    many = tuple(f"a class with a long name {i}" for i in range(100))
+    many = tuple(f"kind {i} with a long name" for i in range(100))
     confusion = np.random.default_rng(0).integers(0, 9, (100, 100))
     confusion[5] = 0  # a class without test images
+    confusion[7, 3] = 90
     curves = {
         "train": curve(50, 1),
         "validation": curve(50, 1),
@@ -323,9 +360,238 @@ def test_a_hundred_classes_one_epoch_and_divergence_are_drawn(tmp_path: Path) ->
     result = a_result(
         train_facts=facts(1000, classes=many), test_facts=facts(400, classes=many), confusion=confusion, curves=curves
     )
-    written_anew(tmp_path, result)
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert picture.height > 1500  # room for a hundred names
+    text = written_anew(tmp_path, result)
+    assert "classes" not in figures.confusion_drawings(confusion, many)
+    rows = [line for line in text.splitlines() if re.match(r"\| kind .* \| \d+ \|$", line)]
+    assert len(rows) == 100
+    percent = 100 * 90 / confusion[7].sum()
+    accuracy = 100 * confusion[7, 7] / confusion[7].sum()
+    assert rows[7] == f"| {many[7]} | {accuracy:.1f} | {many[3]} ({percent:.0f} %) | 7 |"
+    assert rows[5].split("|")[2:4] == [" – ", " – "]
+    drawings = figures.curves_drawings(curves) | figures.confusion_drawings(confusion, many)
+    for _, make in drawings.values():
+        make(figures.DARK).draw_without_rendering()
+
+
+def test_each_of_a_hundred_classes_has_its_own_colour_and_marker_and_a_place_in_the_legend() -> None:
+    points, names = some_pictures(100, 100).map, ["_first", *(f"a kind with number {i}" for i in range(1, 100))]
+    assert points is not None
+    figure = figures.draw_map(points, names, figures.LIGHT)
+    looks = {
+        (np.asarray(dots.get_facecolor()).tobytes(), np.asarray(dots.get_paths()[0].vertices).tobytes())
+        for dots in figure.axes[0].collections
+    }
+    assert len(looks) == 100
+    legend = figure.legends[0]
+    assert [text.get_text().strip() for text in legend.get_texts()] == [figures.shortened(name, 19) for name in names]
+    figure.draw_without_rendering()
+    place, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= place.x0 < place.x1 <= page.x1
+    assert page.y0 <= place.y0 < place.y1 < figure.axes[0].get_window_extent().y0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dark and light, narrow, paper
+
+
+def test_every_figure_is_drawn_for_light_and_dark_pages(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    data = 'data:image/png;base64,([^"]+)"'
+    pictures = re.findall(rf'srcset="{data}>\s*<img alt="[^"]+" src="{data}>', page)
+    assert len(pictures) == len(FIGURES)
+    for name, (dark, light) in zip(FIGURES, sorted(pictures), strict=True):
+        corners = []
+        for text in (dark, light):
+            with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+                corners.append(picture.convert("RGB").getpixel((0, 0)))
+        assert corners == [(0x15, 0x18, 0x1C), (255, 255, 255)], name
+
+
+def test_without_weasyprint_the_way_out_is_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "weasyprint", None)
+    with pytest.raises(ValueError, match=r"pdf needs WeasyPrint.*pip install 'simclr\[pdf\]'"):
+        pdf.require_pdf()
+    with pytest.raises(ValueError, match="pip install"):
+        linear_probe.main(ProbeConfig(run=Path("nowhere"), pdf=True))
+
+
+@pytest.mark.pdf
+def test_the_report_is_written_as_pdf(tmp_path: Path) -> None:
+    try:
+        pdf.require_pdf()
+    except ValueError as missing:  # Pango is not of Python
+        pytest.skip(str(missing))
+    written_anew(tmp_path, a_result(config=dataclasses.replace(a_result().config, pdf=True)))
+    content = (tmp_path / "report.pdf").read_bytes()
+    assert content.startswith(b"%PDF-")
+    assert len(content) > 20_000
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Names in any script
+
+
+def test_names_are_written_with_a_font_that_has_their_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fonts.lettering(CLASSES) == fonts.Lettering(("DejaVu Sans",), CLASSES, 0)
+    # of the fonts that matplotlib brings, only one has this character
+    brought = ("STIXGeneral", "DejaVu Sans", "cmsy10")
+    only_there = sorted(fonts._characters_of("STIXGeneral") - fonts._characters_of("DejaVu Sans"))[0]
+    monkeypatch.setattr(fonts, "_installed", lambda: brought)
+    names = ("cat", f"{only_there} b")
+    assert fonts.lettering(names) == fonts.Lettering(("DejaVu Sans", "STIXGeneral"), names, 0)
+    panels = {"a": ("", lambda theme: figures.draw_recall(np.ones(2), names, theme))}
+    figures.draw(panels, fonts.lettering(names).families)  # a glyph that is missing is a warning, and an error here
+    with pytest.raises(UserWarning, match="missing from font"):
+        figures.draw(panels, ["DejaVu Sans"])
+
+
+def test_names_that_no_font_can_write_are_numbered_and_listed(tmp_path: Path) -> None:
+    classes = ("cat", "\U000f0000\U000f0001", "dog", "fish")  # for private use: no font has them
+    odd = {"train_facts": facts(1000, classes=classes), "test_facts": facts(400, classes=classes)}
+    assert fonts.lettering(classes).names == ("cat", "class 1", "dog", "fish")
+    text = written_anew(tmp_path, a_result(**odd))
+    assert "has all characters of 1 class name: figures number such classes as the table does" in text
+    assert f"| {classes[1]} | 80.0 | cat (10 %) | 1 |" in text
+
+
+def test_wide_characters_take_two_columns() -> None:
+    assert figures.shortened("飞机与汽车", 10) == "飞机与汽车"
+    assert figures.shortened("飞机与汽车", 9) == "飞机与汽…"
+    assert figures.shortened("airplane", 6) == "airpl…"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Neighbours and map
+
+
+def features_at(angles: Any, labels: Any) -> Features:
+    angle = torch.as_tensor(angles, dtype=torch.float32)
+    rows = torch.stack([angle.cos(), angle.sin()], dim=1) * (1 + torch.arange(len(angle)))[:, None]
+    return Features(rows, torch.as_tensor(labels), torch.arange(len(angle)))
+
+
+def test_neighbours_are_the_nearest_by_angle_with_their_own_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    train_angles, test_angles = rng.uniform(0, 6, 50), rng.uniform(0, 6, 20)
+    images = np.broadcast_to(np.arange(50, dtype=np.uint8)[:, None, None, None], (50, 8, 8, 3)).copy()
+    beton.write(tmp_path / "train.beton", images, np.arange(50) % 4)
+    beton.write(tmp_path / "test.beton", images[:20] + 100, np.arange(20) % 4)
+    with (
+        open_images(tmp_path / "train.beton", backend="memory") as train,
+        open_images(tmp_path / "test.beton", backend="memory") as test,
+    ):
+        bank, queries = features_at(train_angles, np.arange(50) % 4), features_at(test_angles, np.arange(20) % 4)
+        found, again, other = (pictures.find_neighbours(train, test, bank, queries, seed=seed) for seed in (3, 3, 4))
+    which = found.query[:, 0, 0, 0].astype(int) - 100
+    assert len(set(which)) == 8
+    nearest = np.argsort(-np.cos(test_angles[which][:, None] - train_angles[None]), axis=1)[:, :5]
+    np.testing.assert_array_equal(found.neighbour[:, :, 0, 0, 0], nearest)
+    np.testing.assert_array_equal(found.neighbour_label, nearest % 4)
+    np.testing.assert_array_equal(found.query_label, which % 4)
+    np.testing.assert_array_equal(found.query, again.query)
+    assert not np.array_equal(found.query, other.query)
+
+
+def test_the_map_keeps_groups_apart_and_is_a_function_of_the_seed() -> None:
+    labels = np.arange(120) % 3
+    features = features_at(2 * labels + np.random.default_rng(0).normal(0, 0.05, 120), labels)
+    first, again = (pictures.make_map(features, at_most=90, seed=5) for _ in range(2))
+    assert first is not None
+    assert again is not None
+    np.testing.assert_array_equal(first.position, again.position)
+    assert (len(first.label), first.num_images, first.seed) == (90, 120, 5)
+    distance = np.linalg.norm(first.position[:, None] - first.position[None], axis=2) + 1e9 * np.eye(90)
+    assert (first.label[distance.argmin(axis=1)] == first.label).all()
+    assert first.trustworthiness > 0.9
+    assert pictures.make_map(features, at_most=0, seed=5) is None
+    assert pictures.make_map(features, at_most=9, seed=5) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Is it healthy?
+
+
+def steps(n: int = 40, **changes: Any) -> list[dict[str, Any]]:
+    """Lines of a healthy run."""
+    lines = []
+    for i in range(n):
+        line = {
+            "kind": "step",
+            "step": 10 * (i + 1),
+            "epoch": (i + 1) / 10,
+            "loss": 6.0 - i / n,
+            "learning_rate": 0.1,
+            "projection_spread": 0.9,
+            "positive_similarity": 0.8,
+            "skipped_steps": 0,
+            "images_per_second": 1000.0,
+            "gradient_norm": 1.0,
+            "seconds": 10.0 * (i + 1),
+        }
+        lines.append(line | {name: change(i) if callable(change) else change for name, change in changes.items()})
+    return lines
+
+
+def knn(*accuracies: float) -> list[dict[str, Any]]:
+    return [{"kind": "knn", "step": 1, "epoch": i, "knn_accuracy": a, "seconds": 1} for i, a in enumerate(accuracies)]
+
+
+def remarks(result: ProbeResult, metrics: list[dict[str, Any]]) -> list[str]:
+    return [finding.text for finding in health.findings(result, metrics) if not finding.is_good]
+
+
+DONE = {"derived": {"total_steps": 400}, "environment": {}, "sessions": []}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "remark"),
+    [
+        (steps() + knn(50, 60, 61), None),
+        (steps(30), "300 of 400 steps were taken: the run did not reach its end"),
+        (steps(loss=6.93), "loss went from 6.930 .* to 6.930"),
+        (steps(projection_spread=lambda i: 0.9 - i / 45), "^Collapsed: the projections' spread is 0.07"),
+        (steps(projection_spread=0.3), "^Near collapse: .* 0.30"),
+        (steps(skipped_steps=lambda i: i == 7), "^1 of 400 steps were left out"),
+        (steps(images_per_second=lambda i: 100.0 if i % 5 == 0 and i else 1000.0), r"^Uneven speed: 7 of 39 lines"),
+        (steps() + knn(50, 90, 60), "but was 90.00 % at epoch 1: it fell"),
+        (steps() + knn(50, 49), "Validation kNN went from 50.00 % .* to 49.00 %"),
+    ],
+)
+def test_each_illness_is_remarked_on_and_health_is_not(metrics: list[dict[str, Any]], remark: str | None) -> None:
+    found = remarks(a_result(pretraining_manifest=DONE), metrics)
+    assert len(found) == (remark is not None)
+    assert remark is None or re.search(remark, found[0])
+
+
+def test_an_encoder_that_beats_nothing_is_remarked_on() -> None:
+    rows = list(a_result().rows)
+    assert rows[2].classifier is not None
+    rows[1] = dataclasses.replace(rows[1], classifier=dataclasses.replace(rows[2].classifier, test=65.0))
+    (found,) = remarks(a_result(rows=tuple(rows), pretraining_manifest=DONE), steps())
+    assert "does not beat the untrained encoder on the test images: 67.31 % and 65.00 %" in found
+    # twice the root of the sum of both variances, over 400 images
+    assert f"{2 * math.sqrt((67.31 * 32.69 + 65 * 35) / 400):.2f} points" in found
+
+
+def test_the_top_of_the_report_says_how_the_run_is(tmp_path: Path) -> None:
+    well = written_anew(tmp_path, a_result(pretraining_manifest=DONE), steps(), draw=False)
+    assert "Yes, by all 7 signs that were measured." in well
+    assert "Pretraining took 6 min 40 s" in well
+    ill = written_anew(tmp_path, a_result(pretraining_manifest=DONE), steps(projection_spread=0.01))
+    assert "Not in every respect: 1 of 7 measured signs asks for a look." in ill
+    assert ill.index("Is this run healthy") < ill.index("**Look:** Collapsed") < ill.index("## Results")
+
+
+def test_durations_in_words() -> None:
+    said = {7.25: "7.2 s", 59.99: "60.0 s", 400: "6 min 40 s", 7260: "2 h 01 min"}
+    assert {seconds: health.say_duration(seconds) for seconds in said} == said
+
+
+def test_own_photographs_are_not_compared_with_published_numbers(written: Path, tmp_path: Path) -> None:
+    own = facts(1000, source="image folder photos", lossy_source=True)
+    text = written_anew(tmp_path, a_result(train_facts=own, test_facts=own, pretraining_facts=own))
+    assert "published" not in text
+    assert "SimCLR on image folder photos" in text
 
 
 @pytest.mark.parametrize(("rate", "said"), [(0.01, "smallest"), (0.1, None), (1.0, "largest")])

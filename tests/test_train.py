@@ -491,16 +491,26 @@ def test_collapse_measures() -> None:
     assert (similarity, spread) == (pytest.approx(-1), pytest.approx(0, abs=1e-6))
 
 
-def test_trackers_get_the_metrics(images: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_all_that_the_metrics_have_once(images: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = settings(images, tmp_path / "run", epochs=1, tracker="tensorboard")
+    config = settings(images, tmp_path / "run", epochs=2, tracker="tensorboard", name="mine")
+    run(dataclasses.replace(config, stop_at_step=STEPS))
     run(config)
-    tracked: dict[int, float] = {}
-    for path in config.folder.rglob("events.*"):
+    tracked: list[tuple[str, int, float]] = []
+    for path in (config.folder / "mine-seed0").glob("events.*"):  # named as the run is
         events = accumulator.EventAccumulator(str(path)).Reload()
-        if "loss" in events.Tags()["scalars"]:
-            tracked |= {event.step: event.value for event in events.Scalars("loss")}
-    assert tracked == pytest.approx({line["step"]: line["loss"] for line in lines(config) if line["kind"] == "step"})
+        for name in events.Tags()["scalars"]:
+            tracked += [(name, event.step, event.value) for event in events.Scalars(name)]
+    written = [
+        (name, line["step"], float(value))
+        for line in read_metrics(config.folder)
+        for name, value in line.items()
+        if name not in {"kind", "step"}
+    ]
+    assert {name for name, *_ in written} >= {"gradient_norm", "projection_spread", "knn_accuracy", "seconds"}
+    for seen, meant in zip(sorted(tracked), sorted(written), strict=True):
+        assert seen[:2] == meant[:2]
+        assert seen[2] == pytest.approx(meant[2])
 
 
 # ------------------------------------------------------------------------------------------ refusals

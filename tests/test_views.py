@@ -793,5 +793,9 @@ def test_applying_names_wrong_arguments(parameters: ViewParameters, arguments: d
 
 def test_names_of_slots_and_operations_are_those_of_the_table() -> None:
     names = "FLIP JITTER JITTER_ORDER BRIGHTNESS CONTRAST SATURATION HUE GRAYSCALE BLUR BLUR_SIGMA SOLARISE"
-    assert [(slot.name, slot.value) for slot in Slot] == [*((n, i) for i, n in enumerate(names.split())), ("CROP", 16)]
+    assert [(slot.name, slot.value) for slot in Slot] == [
+        *((n, i) for i, n in enumerate(names.split())),
+        ("CROP", 16),
+        ("OWN", 1024),
+    ]
     assert [op.name for op in sorted(JitterOperation)] == ["BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"]

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from simclr.data import Batch, EpochPlan, ImageSource, sent
 from simclr.run.host import usable_cores
-from simclr.views import ViewSpec, size_at, two_views
+from simclr.views import ViewSpec, require_function_of_the_image, size_at, two_views
 
 if TYPE_CHECKING:
     from simclr.fast import fused_views, triton_views
 
-ViewsMethod = Literal["fused", "triton", "torch"]
+ViewsMethod = Literal["fused", "triton", "torch", "own"]
 ViewsChoice = Literal["auto", "fused", "triton", "torch"]
 
 AHEAD = 2  # batches that wait, so that one that took long to read is not felt
@@ -41,6 +41,8 @@ class ViewFeed:
         view_2: Settings of the second view.
         seed: Seed of the run.
         view_stages: As :func:`simclr.views.size_at` takes them.
+        augmentation: "standard", or the name of views that somebody has registered, which are made by their function
+            on ``device``.
         choice: fused: :mod:`simclr.fast.fused_views`, on the CPU. triton: :mod:`simclr.fast.triton_views`, on a GPU.
             torch: :mod:`simclr.views`, on ``device``. auto: the first that can be had and computes on ``device``; torch
             if ``dtype`` is float64. They differ by rounding.
@@ -53,7 +55,8 @@ class ViewFeed:
         reason: Why, and how it is done, in one line for the user.
 
     Raises:
-        ValueError: If fused or Triton's views were asked for and cannot be made; the message says what to do.
+        ValueError: If fused or Triton's views were asked for and cannot be made, or registered ones do not keep their
+            promise; the message says what to do.
     """
 
     def __init__(
@@ -64,22 +67,25 @@ class ViewFeed:
         *,
         seed: int,
         view_stages: Sequence[tuple[int, int]] = (),
+        augmentation: str = "standard",
         choice: ViewsChoice = "auto",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.source, self.specs, self.seed, self.view_stages = source, (view_1, view_2), seed, view_stages
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.augmentation = torch.device(device), dtype, augmentation
         self._running: Ahead[Tensor] | None = None
         self._fused: dict[int, fused_views.FusedViews] = {}  # by the views' side
         self._triton: dict[int, triton_views.TritonViews] = {}
         self._tables: _Tables | None = None
         self.size = source.facts.height
         wanted: ViewsMethod = choice if choice != "auto" else "triton" if self.device.type == "cuda" else "fused"
-        obstacle = _obstacle(wanted, self.device, dtype)
+        obstacle = _obstacle(wanted, self.device, dtype, augmentation)
         if choice != "auto" and obstacle is not None:
             raise ValueError(f"views {choice} cannot be had, since {obstacle}. Or use --views torch")
         self.method: ViewsMethod = wanted if obstacle is None else "torch"
+        if augmentation != "standard":
+            self.method = "own"
         # Beside a step that keeps all cores busy, a thread only gets in its way (measured: decision 0010); and torch's
         # operations would run on as many threads again. Triton's views are one launch: there is nothing to do ahead.
         self.in_background = (self.device.type == "cuda" and self.method != "triton") or (
@@ -110,6 +116,10 @@ class ViewFeed:
             for size in sizes:
                 self._triton[size] = triton_views.TritonViews(*self.specs, size=size, mean=mean, std=std, dtype=dtype)
             self._tables = _Tables(self)
+        elif self.method == "own":
+            for size in sizes:
+                for spec in self.specs:
+                    require_function_of_the_image(augmentation, spec, size=size, stored=source.facts.height)
         why = "as configured" if choice != "auto" else f"since {obstacle}"
         self.reason = f"{where}, {how}" + ("" if choice == "auto" and obstacle is None else f"; {why}")
 
@@ -185,7 +195,17 @@ class ViewFeed:
             return views.to(self.device, non_blocking=True)
         mean, std = self.source.facts.normalisation
         image = sent(batch.image, self.device)
-        pair = two_views(image, batch.index, *self.specs, seed=self.seed, epoch=epoch, size=size, mean=mean, std=std)
+        pair = two_views(
+            image,
+            batch.index,
+            *self.specs,
+            seed=self.seed,
+            epoch=epoch,
+            size=size,
+            mean=mean,
+            std=std,
+            augmentation=self.augmentation,
+        )
         return torch.cat(pair).to(self.dtype)
 
     def close(self) -> None:
@@ -257,10 +277,12 @@ class _Tables:
         self._thread.shutdown(cancel_futures=True)
 
 
-def _obstacle(method: ViewsMethod, device: torch.device, dtype: torch.dtype) -> str | None:
+def _obstacle(method: ViewsMethod, device: torch.device, dtype: torch.dtype, augmentation: str) -> str | None:
     """Why views cannot be made this way, or None."""
     if method == "torch":
         return None
+    if augmentation != "standard":
+        return f"{augmentation} is a function of your own"
     if dtype == torch.float64:
         return "in float64, which compares runs, the batched operations are used everywhere"
     if method == "triton":

@@ -1,33 +1,50 @@
-"""The report of an evaluation: ``probe.json``, figures, and one text as Markdown and as one HTML file.
+"""The report of an evaluation: ``probe.json``, figures, and one text as Markdown, as one HTML file, as PDF if wanted.
 
-``report.jinja`` is the text. Its markup is the macros of ``markdown.jinja`` or ``html.jinja``.
+``report.jinja`` is the text.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
 from simclr.beton import Facts
 from simclr.config import ProbeConfig
 from simclr.evaluation import Candidate
-from simclr.report.figures import draw_all, view_pairs
-from simclr.report.results import ProbeResult, Row, Scores, Trial, ViewPairs, to_plain
+from simclr.report.figures import MOST_IN_LEGEND, MOST_NAMED_CLASSES, draw_all
+from simclr.report.fonts import lettering
+from simclr.report.health import duration_of, findings
+from simclr.report.page import percent as _percent
+from simclr.report.page import write_page
+from simclr.report.pdf import require_pdf, write_pdf
+from simclr.report.pictures import Pictures, find_neighbours, make_map, view_pairs
+from simclr.report.results import ProbeResult, Row, Scores, Trial, to_plain
 from simclr.run.checkpoint import CLASSIFIER
 from simclr.run.runlog import write_json
 from simclr.views import describe, say_view_stages
 
-__all__ = ["ProbeResult", "Row", "Scores", "Trial", "ViewPairs", "at_edge", "summary", "view_pairs", "write_report"]
+__all__ = [
+    "Pictures",
+    "ProbeResult",
+    "Row",
+    "Scores",
+    "Trial",
+    "at_edge",
+    "find_neighbours",
+    "make_map",
+    "require_pdf",
+    "summary",
+    "view_pairs",
+    "write_labels",
+    "write_report",
+]
 
-MARKDOWN, HTML, RESULT = "report.md", "report.html", "probe.json"
+NAME, RESULT, LABELS = "report", "probe.json", "labels.json"
 _CONVERSIONS = {
     "built-in shapes": "python -m data_prep shapes",
     "CIFAR-100": "python -m data_prep cifar100",
@@ -36,59 +53,33 @@ _CONVERSIONS = {
 }
 
 
-def write_report(folder: Path, result: ProbeResult, pairs: ViewPairs, metrics: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the figures, ``probe.json``, ``report.md`` and ``report.html``.
+def write_report(folder: Path, result: ProbeResult, pictures: Pictures, metrics: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the figures, ``probe.json``, ``report.md``, ``report.html`` and, if configured, ``report.pdf``.
 
     Args:
         folder: Where to; exists.
         result: What was measured.
-        pairs: Images for the picture of augmented pairs.
+        pictures: What is shown besides.
         metrics: The pretraining's metric lines; empty if they are not at hand.
 
     Returns:
         The HTML file. It holds its figures and refers to nothing outside itself.
     """
-    figures = draw_all(folder, result, pairs, metrics)
+    letters = lettering(result.test_facts.classes)
     write_json(folder / RESULT, to_plain(result))
-    for name, markup in ((MARKDOWN, "markdown.jinja"), (HTML, "html.jinja")):
-        (folder / name).write_text(render(markup, folder, result, figures), encoding="utf-8")
-    return folder / HTML
-
-
-def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str]) -> str:
-    """Return the report's text.
-
-    Args:
-        markup: The template with the macros: "markdown.jinja" or "html.jinja".
-        folder: Where the figures lie.
-        result: What was measured.
-        figures: Names of the figures that there are.
-    """
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the macros of html.jinja escape, by the filter inline
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "count": "{:,}".format,
-        "g": "{:g}".format,
-        "inline": _inline,
-        "one_line": lambda text: " ".join(text.split()),
-        "items_of": lambda text: [" ".join(item.split()) for item in re.split(r"(?m)^- ", text)[1:]],
-        "percent": _percent,
-        "storage": _storage,
-        "embedded": lambda file: base64.b64encode((folder / file).read_bytes()).decode("ascii"),
-        "range": lambda counts: " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})),
-    }
-    text = templates.get_template("report.jinja").render(
-        markup=markup,
+    page = write_page(
+        folder,
+        NAME,
+        draw_all(result, letters, pictures, metrics),
         result=result,
-        figures=figures,
+        pictures=pictures,
+        letters=letters,
+        health=findings(result, metrics),
+        duration=duration_of(metrics),
         results=_results_table(result),
         trials=_trials_table(result),
         mistakes=_mistakes(result),
+        classes=_classes_table(result),
         commands=_commands(result),
         environments=_environments(result),
         edge=at_edge(result.config, result.scores.chosen),
@@ -96,10 +87,24 @@ def render(markup: str, folder: Path, result: ProbeResult, figures: Sequence[str
         view_stages=say_view_stages(
             result.pretraining.view_stages, result.pretraining_facts.height, result.pretraining.epochs
         ),
+        is_published=result.train_facts.source.startswith(("CIFAR-", "STL-10")),
+        most_named=MOST_NAMED_CLASSES,
+        most_in_legend=MOST_IN_LEGEND,
         classifier_file=CLASSIFIER,
         result_file=RESULT,
+        labels_file=LABELS,
     )
-    return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
+    if result.config.pdf:
+        write_pdf(page, folder / f"{NAME}.pdf")
+    return folder / f"{NAME}.html"
+
+
+def write_labels(
+    folder: Path, train: Facts, config: ProbeConfig, *, fit: NDArray[np.int64], validation: NDArray[np.int64]
+) -> None:
+    """Write ``labels.json``: which training images had labels, for others to draw the same."""
+    about = {"label_fraction": config.label_fraction, "seed": config.seed, "content_sha256": train.content_sha256}
+    write_json(folder / LABELS, about | {"fit": fit.tolist(), "validation": validation.tolist()})
 
 
 def _results_table(result: ProbeResult) -> list[list[str]]:
@@ -156,6 +161,19 @@ def _trials_table(result: ProbeResult) -> list[list[str]]:
     ]
 
 
+def _classes_table(result: ProbeResult) -> list[list[str]]:
+    """Return for each class how much is recognised and what it is taken for most often; a header first."""
+    rows = [["class", "accuracy (%)", "most often taken for", "number"]]
+    for k, name in enumerate(result.test_facts.classes):
+        counts = result.confusion[k]
+        total, wrong = int(counts.sum()), counts.copy()
+        wrong[k] = 0
+        j = int(wrong.argmax())
+        taken_for = f"{result.test_facts.classes[j]} ({100 * wrong[j] / total:.0f} %)" if wrong[j] else "–"
+        rows.append([name, f"{100 * counts[k] / total:.1f}" if total else "–", taken_for, str(k)])
+    return rows
+
+
 def _mistakes(result: ProbeResult) -> str:
     """Return which classes are recognised least, and what is taken for what most often."""
     names, confusion = result.test_facts.classes, result.confusion
@@ -190,17 +208,3 @@ def _environments(result: ProbeResult) -> list[list[str]]:
         *([name, before.get(name, "–"), now.get(name, "–")] for name in names),
         *([name, before.get("versions", {}).get(name, "–"), version] for name, version in now["versions"].items()),
     ]
-
-
-def _storage(facts: Facts) -> str:
-    return "raw pixels" if facts.encoding == "raw" else f"JPEG, quality {facts.jpeg_quality or 'unknown'}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _inline(text: object) -> str:
-    """Return text as HTML; it may hold `code` and **bold**."""
-    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(text), quote=False))
-    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escaped)

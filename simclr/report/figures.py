@@ -1,183 +1,397 @@
-"""The figures of an evaluation. The only user of matplotlib."""
+"""The figures of an evaluation, drawn for light and for dark pages. The only user of matplotlib, with ``fonts``.
+
+Each figure is one or several panels of the same width: beside each other on a wide page, below each other on a narrow
+one, so that their text is read on both.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from torch import Tensor
 
-from simclr.config import TrainConfig
-from simclr.data import EpochPlan, ImageSource
-from simclr.evaluation import Curve, Normalisation
-from simclr.report.results import ProbeResult, ViewPairs
-from simclr.views import two_views
+from simclr.evaluation import Curve
+from simclr.report.fonts import Lettering, width_of
+from simclr.report.pictures import Map, Neighbours, Pictures, ViewPairs
+from simclr.report.results import ProbeResult
 
-# Okabe and Ito's palette, distinguishable with any colour vision.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-_SPLIT_COLOURS = {"train": _BLUE, "validation": _GREEN, "test": _ORANGE}
-_STYLE: Any = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 11,
-    "text.parse_math": False,  # class names may hold dollar signs
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "lines.linewidth": 2.0,
-    "savefig.dpi": 150,
-}
-_NUM_PICTURED = 8
-_MOST_NAMED_CLASSES = 20  # beyond this a cell of the confusion matrix is too small for its number
+PANEL_WIDTH = 4.8  # in inches
+MOST_NAMED_CLASSES = 20  # beyond this a cell of the confusion matrix is too small for its number
+MOST_IN_LEGEND = 100
 
 
-def view_pairs(source: ImageSource, run: TrainConfig, normalisation: Normalisation) -> ViewPairs:
-    """Return images spread over a file, with the views that the first epoch of a pretraining makes of them."""
-    facts, (mean, std) = source.facts, normalisation
-    which = np.unique(np.linspace(0, facts.num_images - 1, _NUM_PICTURED).astype(np.int64))
-    (batch,) = source.batches(EpochPlan(which, len(which), shuffle=False))
-    views = two_views(
-        batch.image, batch.index, run.view_1, run.view_2, seed=run.seed, epoch=0, size=facts.height, mean=mean, std=std
-    )
+@dataclass(frozen=True)
+class Theme:
+    """Colours for a page. Okabe and Ito's, distinguishable with any colour vision, in two brightnesses."""
 
-    def pixels(view: Tensor) -> NDArray[np.uint8]:
-        scaled = view.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-        array: NDArray[np.uint8] = (255 * scaled).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return array
+    page: str
+    text: str
+    muted: str
+    grid: str
+    blue: str
+    orange: str
+    green: str
 
-    names = tuple(facts.classes[label] for label in batch.label.tolist())
-    return ViewPairs(batch.image.cpu().numpy(), pixels(views[0]), pixels(views[1]), names)
-
-
-def draw_all(folder: Path, result: ProbeResult, pairs: ViewPairs, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Draw what a report shows as PNG files; return their names. Without metrics there is no pretraining.png."""
-    with matplotlib.rc_context(_STYLE):
-        figures = {
-            "curves.png": draw_curves(result.curves, f"{result.classifier_name}, by epoch"),
-            "confusion.png": draw_confusion(result.confusion, result.test_facts.classes),
-            "pairs.png": draw_pairs(pairs),
-        }
-        if metrics:
-            figures["pretraining.png"] = draw_pretraining(metrics, result.pretraining.loss.name)
-        for name, figure in figures.items():
-            figure.savefig(folder / name, metadata={"Software": None})
-    return list(figures)
+    def colour_of(self, split: str) -> str:
+        """Return the colour of train, validation or test."""
+        return {"train": self.blue, "validation": self.green, "test": self.orange}[split]
 
 
-def draw_curves(curves: Mapping[str, Curve], title: str) -> Figure:
-    """Return loss and accuracy of each split against epochs, side by side."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, quantity, subtitle, ending in (
-        (loss, "loss", "Cross-entropy (nats)", "{} {:.3f}"),
-        (accuracy, "accuracy", "Accuracy (%)", "{} {:.2f} %"),
-    ):
+LIGHT = Theme("#ffffff", "#1a1a1a", "#555555", "#e3e3e3", "#0072B2", "#D55E00", "#009E73")
+DARK = Theme("#15181c", "#e6e6e6", "#a8a8a8", "#3a3f45", "#56B4E9", "#F0883E", "#2CC295")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a figure, as PNG."""
+
+    name: str
+    """Of the file, without its ending."""
+    title: str
+    """What it shows, for those who do not see it."""
+    light: bytes
+    dark: bytes
+
+
+# Title, and what draws it for a theme
+Drawing = tuple[str, Callable[[Theme], Figure]]
+
+
+def style_of(theme: Theme, families: Sequence[str]) -> dict[str, Any]:
+    """Return matplotlib's settings for a theme."""
+    return {
+        "font.family": list(families),
+        "font.size": 10,
+        "text.parse_math": False,  # class names may hold dollar signs
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.8,
+        "savefig.dpi": 160,
+        "figure.facecolor": theme.page,
+        "axes.facecolor": theme.page,
+        "grid.color": theme.grid,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.text),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
+    }
+
+
+def draw(drawings: Mapping[str, Drawing], families: Sequence[str]) -> list[Panel]:
+    """Draw panels, by name, for both kinds of page."""
+
+    def png(make: Callable[[Theme], Figure], theme: Theme) -> bytes:
+        with matplotlib.rc_context(style_of(theme, families)):  # type: ignore[arg-type, unused-ignore]
+            file = io.BytesIO()
+            make(theme).savefig(file, format="png", metadata={"Software": None})
+            return file.getvalue()
+
+    return [Panel(name, title, png(make, LIGHT), png(make, DARK)) for name, (title, make) in drawings.items()]
+
+
+def draw_all(
+    result: ProbeResult, letters: Lettering, pictures: Pictures, metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Panel]]:
+    """Draw what a report shows, by figure. Without metrics there is no "pretraining", without a map no "map"."""
+    drawings: dict[str, dict[str, Drawing]] = {
+        "curves": curves_drawings(result.curves),
+        "confusion": confusion_drawings(result.confusion, letters.names),
+        "pairs": pairs_drawings(pictures.pairs),
+        "neighbours": neighbours_drawings(pictures.neighbours, letters.names),
+    }
+    if metrics:
+        drawings["pretraining"] = pretraining_drawings(metrics, result.pretraining.loss.name)
+    if (points := pictures.map) is not None:
+        drawings["map"] = {"map": ("Map of test images", lambda theme: draw_map(points, letters.names, theme))}
+    return {name: draw(panels, letters.families) for name, panels in drawings.items()}
+
+
+def curves_drawings(curves: Mapping[str, Curve]) -> dict[str, Drawing]:
+    """Return loss and accuracy of each split against epochs."""
+
+    def panel(theme: Theme, quantity: str, title: str, ending: str) -> Figure:
+        figure, axes = panel_figure(title)
         ends = []
         for name, curve in curves.items():
             values = getattr(curve, quantity)[:, 0]
-            colour, style = _SPLIT_COLOURS[name], "--" if name == "validation" else "-"
+            colour, style = theme.colour_of(name), "--" if name == "validation" else "-"
             axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o" if len(values) == 1 else "")
             ends.append((float(values[-1]), ending.format(name, values[-1]), colour))
-        axes.set_title(subtitle)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label_ends(axes, ends)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
+        label_ends(axes, ends)
+        return figure
+
+    loss, accuracy = "Cross-entropy (nats)", "Accuracy (%)"
+    return {
+        "curves-loss": (loss, lambda theme: panel(theme, "loss", loss, "{} {:.3f}")),
+        "curves-accuracy": (accuracy, lambda theme: panel(theme, "accuracy", accuracy, "{} {:.2f}")),
+    }
 
 
-def draw_pretraining(metrics: Sequence[Mapping[str, Any]], loss_name: str) -> Figure:
-    """Return pretraining's loss, validation kNN accuracy and learning rate against epochs."""
-    steps = [line for line in metrics if line["kind"] == "step" and line["loss"] is not None]
-    measured = [line for line in metrics if line["kind"] == "knn" and line["knn_accuracy"] is not None]
-    panels: list[tuple[str, str, list[Any]]] = [
-        (f"{loss_name} loss{' (nats)' if loss_name == 'nt_xent' else ''}", "loss", steps),
-        *([("kNN accuracy, validation (%)", "knn_accuracy", measured)] if measured else []),
-        ("Learning rate", "learning_rate", steps),
+_COLLAPSE = {"positive_similarity": "similarity of views", "projection_spread": "spread"}
+
+
+def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -> dict[str, Drawing]:
+    """Return what pretraining measured against epochs: as much of it as the lines have."""
+    loss = f"{loss_name} loss{' (nats)' if loss_name == 'nt_xent' else ''}"
+    shown = [
+        ("loss", loss, "step", {"loss": ""}),
+        ("knn", "kNN accuracy, validation (%)", "knn", {"knn_accuracy": ""}),
+        ("collapse", "Collapse measures (0: all projections alike)", "step", _COLLAPSE),
+        ("gradient", "Gradient norm, largest since the line before", "step", {"gradient_norm": ""}),
+        ("speed", "Images per second", "step", {"images_per_second": ""}),
+        ("rate", "Learning rate", "step", {"learning_rate": ""}),
     ]
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, (title, key, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        epochs, values = [line["epoch"] for line in lines], [line[key] for line in lines]
-        axes.plot(epochs, values, color=_BLUE, marker="o" if len(values) < 30 else "", markersize=4)
-        if key != "learning_rate" and values:
-            _label_ends(axes, [(float(values[-1]), f"{values[-1]:.2f}", _BLUE)])
-        axes.set_title(title)
+
+    def panel(theme: Theme, title: str, kind: str, series: Mapping[str, str]) -> Figure:
+        figure, axes = panel_figure(title)
+        ends = []
+        for (key, label), colour in zip(series.items(), (theme.blue, theme.orange), strict=False):
+            epochs, values = measured(metrics, kind, key)
+            axes.plot(epochs, values, color=colour, marker="o" if len(values) < 30 else "", markersize=4)
+            last = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.2f}"
+            if key != "learning_rate":
+                ends.append((values[-1], f"{label} {last}".strip(), colour))
+        if kind == "step" and "images_per_second" in series:
+            axes.set_ylim(bottom=0)
+        label_ends(axes, ends)
         axes.set_xlabel("epoch")
-    figure.suptitle("Pretraining", x=0.01, ha="left", fontweight="bold")
-    return figure
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=epochs[-1] >= 3))
+        return figure
+
+    def drawing(title: str, kind: str, series: Mapping[str, str]) -> Drawing:
+        return title, lambda theme: panel(theme, title, kind, series)
+
+    drawings = {}
+    for name, title, kind, wanted in shown:
+        series = {key: label for key, label in wanted.items() if measured(metrics, kind, key)[1]}
+        if series:
+            drawings[f"pretraining-{name}"] = drawing(title, kind, series)
+    return drawings
 
 
-def draw_pairs(pairs: ViewPairs) -> Figure:
-    """Return a picture of images as stored (top row) and the two views that pretraining makes of each."""
-    k = len(pairs.stored)
-    figure = Figure(figsize=(0.6 + 1.15 * k, 3.9), layout="constrained")
+def measured(metrics: Sequence[Mapping[str, Any]], kind: str, key: str) -> tuple[list[float], list[float]]:
+    """Return the epochs at which a number was measured, and the numbers."""
+    lines = [line for line in metrics if line["kind"] == kind and line.get(key) is not None]
+    return [line["epoch"] for line in lines], [line[key] for line in lines]
+
+
+def pairs_drawings(pairs: ViewPairs) -> dict[str, Drawing]:
+    """Return images as stored (top row) and the two views that pretraining makes of each; four to a panel."""
     rows = {"stored": pairs.stored, "view 1": pairs.view_1, "view 2": pairs.view_2}
-    grid = figure.subplots(len(rows), k, squeeze=False)
-    for row_of_axes, (title, images) in zip(grid, rows.items(), strict=True):
-        for axes, image in zip(row_of_axes, images, strict=True):
-            axes.imshow(image, interpolation="nearest")
-            axes.grid(visible=False)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        row_of_axes[0].set_ylabel(title, fontsize=11)
-    for axes, name in zip(grid[0], pairs.names, strict=False):  # unlabelled images have no names
-        axes.set_title(_shortened(name, 12), fontsize=10, loc="center", color=_GREY)
+
+    def panel(theme: Theme, start: int) -> Figure:
+        figure = Figure(figsize=(PANEL_WIDTH, 3.75), layout="constrained")
+        grid = figure.subplots(len(rows), 4, squeeze=False)
+        for row_of_axes, (title, images) in zip(grid, rows.items(), strict=True):
+            for axes, image in zip(row_of_axes, images[start : start + 4], strict=False):
+                axes.imshow(image, interpolation="nearest")
+            for axes in row_of_axes:
+                bare(axes)
+            row_of_axes[0].set_ylabel(title)
+        for axes, name in zip(grid[0], pairs.names[start : start + 4], strict=False):  # none of unlabelled images
+            axes.set_title(shortened(name, 14), fontsize=9, loc="center", color=theme.muted)
+        return figure
+
+    def drawing(start: int) -> Drawing:
+        return "Images, and two views of each", lambda theme: panel(theme, start)
+
+    return {f"pairs-{start // 4 + 1}": drawing(start) for start in range(0, len(pairs.stored), 4)}
+
+
+def neighbours_drawings(found: Neighbours, names: Sequence[str]) -> dict[str, Drawing]:
+    """Return test images (left) with the training images nearest to them; four to a panel."""
+    k = found.neighbour.shape[1]
+
+    def panel(theme: Theme, start: int) -> Figure:
+        which = range(start, min(start + 4, len(found.query)))
+        figure = Figure(figsize=(PANEL_WIDTH, 0.2 + 1.02 * len(which)), layout="constrained")
+        grid = figure.subplots(len(which), k + 1, squeeze=False)
+        for row_of_axes, i in zip(grid, which, strict=True):
+            own = found.query_label[i]
+            row_of_axes[0].imshow(found.query[i], interpolation="nearest")
+            row_of_axes[0].set_title(shortened(names[own], 11), fontsize=8, loc="center", fontweight="bold")
+            bare(row_of_axes[0])
+            for axes, image, label in zip(row_of_axes[1:], found.neighbour[i], found.neighbour_label[i], strict=True):
+                axes.imshow(image, interpolation="nearest")
+                bare(axes)
+                is_right = label == own
+                colour = theme.green if is_right else theme.orange
+                axes.set_title(
+                    "✓" if is_right else f"✗ {shortened(names[label], 9)}", fontsize=8, loc="center", color=colour
+                )
+                axes.spines[:].set(visible=True, color=colour, linewidth=2.5)
+        return figure
+
+    def drawing(start: int) -> Drawing:
+        return "Test images, and their nearest training images", lambda theme: panel(theme, start)
+
+    return {f"neighbours-{start // 4 + 1}": drawing(start) for start in range(0, len(found.query), 4)}
+
+
+_MARKERS = "os^DvPX*<>"
+_TEN_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined, unused-ignore]
+
+
+def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
+    """Return points coloured by class, ten colours times ten markers, with a legend of up to 100 classes below."""
+    c = len(names)
+    has_legend = c <= MOST_IN_LEGEND
+    columns, longest = min(3, c), 19
+    rows = math.ceil(c / columns) if has_legend else 0
+    figure = Figure(figsize=(PANEL_WIDTH, 4.6 + 0.165 * rows), layout="constrained")
+    axes = figure.subplots()
+    for k in range(c):
+        own = points.position[points.label == k]
+        axes.scatter(
+            own[:, 0],
+            own[:, 1],
+            s=13 if c <= 10 else 16,
+            marker=_MARKERS[k // 10 % len(_MARKERS)],
+            color=_TEN_COLOURS[k % 10],
+            linewidths=0,
+            alpha=0.85,
+            label=legend_text(names[k], longest),
+        )
+    bare(axes)
+    axes.spines[:].set(visible=True, color=theme.grid)
+    if has_legend:
+        figure.legend(
+            loc="outside lower left",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+            markerscale=1.6,
+            handletextpad=0.1,
+            columnspacing=0.8,
+            labelspacing=0.25,
+            borderpad=0,
+        )
     return figure
 
 
-def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Return the confusion matrix, each row in percent of its true class, and the accuracy of each class."""
-    c = len(classes)
+@dataclass(frozen=True)
+class Band:
+    """A line, and the range around it."""
+
+    label: str
+    look: int
+    """Number of its colour and stroke, the same in every panel."""
+    places: Sequence[float]
+    mean: Sequence[float]
+    least: Sequence[float]
+    largest: Sequence[float]
+
+
+def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) -> Figure:
+    """Return lines with their ranges, and a legend below."""
+    figure, axes = panel_figure(title, 3.0 + 0.2 * len(bands))
+    colours = [theme.blue, theme.orange, theme.green, "#CC79A7", "#E69F00", "#8888DD"]
+    looks = [(colour, stroke) for stroke in ("-", "--", ":", "-.") for colour in colours]
+    for band in bands:
+        colour, stroke = looks[band.look % len(looks)]
+        marker = "o" if len(band.places) < 30 else ""
+        axes.plot(
+            band.places, band.mean, stroke, color=colour, marker=marker, markersize=4, label=legend_text(band.label, 60)
+        )
+        if list(band.least) != list(band.largest):
+            axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
+    axes.set_xlabel(against)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9, borderpad=0)
+    return figure
+
+
+def confusion_drawings(confusion: NDArray[np.int64], names: Sequence[str]) -> dict[str, Drawing]:
+    """Return the confusion matrix, each row in percent of its true class, and up to 20 classes' accuracies."""
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    is_named = c <= _MOST_NAMED_CLASSES
-    size = max(3.0, 0.5 * c if is_named else 0.11 * c)
-    figure = Figure(figsize=(size + 4.6, size + 1.4), layout="constrained")
-    matrix, bars = figure.subplots(1, 2, width_ratios=[size, 2.6], sharey=True)
-    font = 10 if is_named else 6
+    drawings: dict[str, Drawing] = {
+        "confusion": ("Confusion matrix", lambda theme: draw_confusion(percent, names, theme)),
+    }
+    if len(names) <= MOST_NAMED_CLASSES:
+        drawings["classes"] = ("Accuracy of each class", lambda theme: draw_recall(np.diag(percent), names, theme))
+    return drawings
 
-    matrix.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    matrix.grid(visible=False)
-    matrix.set(title="Confusion (% of the true class)", xlabel="predicted", ylabel="true")
-    names = [_shortened(name, 16) for name in classes]
-    slant: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_named else {"rotation": 90}
-    matrix.set_xticks(range(c), names, fontsize=font, **slant)
-    matrix.set_yticks(range(c), names, fontsize=font)
-    matrix.tick_params(length=0)
-    matrix.spines[:].set_visible(False)
-    if is_named:
-        for i, j in np.ndindex(c, c):
-            if round(percent[i, j]) >= 1:
-                colour = "white" if percent[i, j] > 62 else "black"
-                matrix.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=9, color=colour)
 
-    recall = np.diag(percent)
-    bars.barh(range(c), recall, color=_BLUE, height=0.7)
-    bars.set(title="Accuracy of each class (%)", xlim=(0, 118), xticks=[0, 50, 100])
-    bars.grid(visible=False, axis="y")
-    bars.tick_params(axis="y", length=0, labelleft=False)
-    for i, value in enumerate(recall):
-        bars.text(value + 2, i, f"{value:.1f}", va="center", fontsize=font)
+def draw_confusion(percent: NDArray[np.float64], names: Sequence[str], theme: Theme) -> Figure:
+    """Return the confusion matrix in percent; with names and numbers up to 20 classes."""
+    c = len(names)
+    figure = Figure(figsize=(PANEL_WIDTH, PANEL_WIDTH), layout="constrained")
+    axes = figure.subplots()
+    is_dark = theme is DARK
+    axes.imshow(percent, cmap="Blues_r" if is_dark else "Blues", vmin=0, vmax=100, aspect="equal")
+    axes.grid(visible=False)
+    axes.set(title="Confusion (% of the true class)", xlabel="predicted", ylabel="true")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if c > MOST_NAMED_CLASSES:
+        return figure
+    font = 8 if c <= 12 else 6
+    written = [shortened(name, 12) for name in names]
+    axes.set_xticks(range(c), written, fontsize=font, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(c), written, fontsize=font)
+    for i, j in np.ndindex(c, c):
+        value = float(percent[i, j])
+        if round(value) >= 1:
+            colour = "white" if (value > 55) != is_dark else "black"
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=font, color=colour)
     return figure
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def draw_recall(recall: NDArray[np.float64], names: Sequence[str], theme: Theme) -> Figure:
+    """Return the accuracy of each class as bars."""
+    c = len(names)
+    figure = Figure(figsize=(PANEL_WIDTH, max(1.6, min(PANEL_WIDTH, 0.8 + 0.36 * c))), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(c), recall, color=theme.blue, height=0.7)
+    axes.set(title="Accuracy of each class (%)", xlim=(0, 112), xticks=[0, 50, 100])
+    axes.grid(visible=False, axis="y")
+    font = 9 if c <= 12 else 8
+    axes.set_yticks(range(c), [shortened(name, 18) for name in names], fontsize=font)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    for i, value in enumerate(recall):
+        axes.text(value + 1.5, i, f"{value:.1f}", va="center", fontsize=font)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def panel_figure(title: str, height: float = 3.0) -> tuple[Figure, Axes]:
+    """Return an empty panel of the usual width."""
+    figure = Figure(figsize=(PANEL_WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    return figure, axes
+
+
+def bare(axes: Axes) -> None:
+    """Leave nothing of axes but what is drawn in them."""
+    axes.grid(visible=False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write a label (height, text, colour) at the right end of each line, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
+    gap = 0.085 * (high - low)
     finite = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
     places: list[float] = []
     for value, _, _ in finite:
@@ -192,10 +406,21 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             textcoords="offset points",
             va="center",
             color=colour,
-            fontsize=10,
+            fontsize=9,
             annotation_clip=False,
         )
 
 
-def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def legend_text(text: str, longest: int) -> str:
+    """Return a text for a legend; matplotlib passes over those that begin with an underscore."""
+    return f" {shortened(text, longest)}" if text.startswith("_") else shortened(text, longest)
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text of at most so many columns, with … for what was left out."""
+    if width_of(text) <= longest:
+        return text
+    kept = text
+    while width_of(kept) > longest - 1:
+        kept = kept[:-1]
+    return kept + "…"

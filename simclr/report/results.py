@@ -80,7 +80,9 @@ class ProbeResult:
     train_facts: Facts
     test_facts: Facts
     num_fit: int
-    """Images of the training file that candidates were fitted on; the validation images are the others."""
+    """Images of the training file that candidates were fitted on."""
+    num_labelled: int
+    """Images of the training file whose labels were used: those, and the validation images."""
     rows: tuple[Row, ...]
     """The pretrained encoder stands last."""
     trials: tuple[Trial, ...]
@@ -110,23 +112,6 @@ class ProbeResult:
     def classifier_name(self) -> str:
         """What stands on the encoder, as a heading says it."""
         return "Linear classifier" if self.config.mode == "linear" else "Fine-tuned"
-
-
-@dataclass(frozen=True, eq=False)
-class ViewPairs:
-    """Some images and two views of each, for a picture.
-
-    Attributes:
-        stored: uint8 (k, H, W, 3).
-        view_1: uint8 (k, S, S, 3).
-        view_2: uint8 (k, S, S, 3).
-        names: Class names, k of them; empty for unlabelled images.
-    """
-
-    stored: NDArray[np.uint8]
-    view_1: NDArray[np.uint8]
-    view_2: NDArray[np.uint8]
-    names: tuple[str, ...]
 
 
 def to_plain(result: ProbeResult) -> dict[str, Any]:

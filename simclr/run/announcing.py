@@ -9,7 +9,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from simclr import losses
+from simclr import losses, parts
 from simclr.config import Derived, TrainConfig, to_json
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
@@ -40,6 +40,8 @@ def say_start(
     threads = f", {torch.get_num_threads()} CPU threads each" if accelerator.device.type == "cpu" else ""
     print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
     print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
+    if config.parts is not None:
+        print(f"parts:      {config.parts} (SHA-256 {config.parts_sha256[:12]}...)")
     print(f"loader:     {source.backend} ({source.reason})")
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
@@ -58,6 +60,8 @@ def say_start(
     for i, line in enumerate(describe_groups(parameter_groups(model, config.optimizer))):
         print(f"{'' if i else config.optimizer.name + ':':<12}{line}")
     print(f"view side:  {say_view_stages(config.view_stages, facts.height, config.epochs)}")
+    if config.augmentation != "standard":
+        print(f"views of:   {config.augmentation}, which has these settings at hand:")
     print(f"view 1:     {describe(config.view_1)}")
     print(f"view 2:     {'as view 1' if config.view_2 == config.view_1 else describe(config.view_2)}")
     if not can_measure_knn(facts, config.num_validation):
@@ -78,6 +82,8 @@ def describe_loss(config: TrainConfig, derived: Derived, device: torch.device) -
     loss = config.loss
     if loss.name == "barlow_twins":
         return "the correlation of the whole batch, summed over devices"
+    if loss.name != "nt_xent":
+        return f"of the whole batch, computed on each device; {loss.describe().removeprefix(f'{loss.name}, ')}"
     choice = losses.choose_nt_xent(
         derived.per_device_batch_size,
         device,
@@ -97,8 +103,11 @@ def write_manifest(
     accelerator: Accelerator,
     progress: Progress,
 ) -> None:
-    """Write manifest.json: what the result depends on, and the sessions that made it."""
+    """Write manifest.json: what the result depends on, and the sessions that made it; and a copy of own parts."""
     path = config.folder / runlog.MANIFEST
+    if config.parts_sha256:
+        with checkpoint.whole_file(config.folder / checkpoint.PARTS) as file:
+            file.write(parts.content_of(config.parts_sha256))
     session = {
         "environment": runlog.environment(),
         "from_step": progress.step,

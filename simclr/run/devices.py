@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -45,9 +48,35 @@ def start_devices(config: TrainConfig) -> tuple[Accelerator, str]:
         project_dir=config.folder,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if config.tracker != "none":
-        accelerator.init_trackers("simclr", config=settings_of(config))
     return accelerator, f"{precision} ({reason})"
+
+
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, config: TrainConfig, first_session: str) -> Iterator[None]:
+    """Open the run at the tracker that was asked for, if one was; a continued run goes on there.
+
+    Args:
+        accelerator: Of :func:`start_devices`.
+        config: The run.
+        first_session: When the run began, to tell it from an earlier one in the same folder.
+    """
+    name = config.full_name
+    key = hashlib.sha256(f"{first_session} {config.folder.absolute()}".encode()).hexdigest()[:16]
+    options = {
+        "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(config.folder)},
+        "trackio": {"name": f"{name}-{key[:4]}", "resume": "allow"},  # its runs are told apart by their names
+    }
+    if config.tracker != "none":
+        accelerator.init_trackers(
+            name if config.tracker == "tensorboard" else config.tracker_project,  # its runs are named by their folder
+            config=settings_of(config),
+            init_kwargs={tracker: kwargs for tracker, kwargs in options.items() if tracker == config.tracker},
+        )
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def require_world_size(config: TrainConfig, num_processes: int) -> None:

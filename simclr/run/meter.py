@@ -59,9 +59,6 @@ class Meter:
             positive_similarity=similarity,
             projection_spread=spread,
         )
-        self.run.accelerator.log(
-            {"loss": loss, "learning_rate": rate, "images_per_second": images_per_second}, step=step
-        )
         self.log.advance(num_steps, loss=f"{loss:.4f}", lr=f"{rate:.3g}", images_per_s=f"{images_per_second:.0f}")
         self._losses, self._projections = [], None
         self.restart_clock()

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
+from simclr import parts
 from simclr.beton import Facts, load_facts
 from simclr.config import Derived, TrainConfig, derive, settings_of
 from simclr.data import EpochPlan, ImageSource, open_images, validation_split
@@ -27,7 +28,7 @@ from simclr.optim import make_optimizer
 from simclr.run import checkpoint, host, launch, runlog
 from simclr.run.announcing import say_start, write_manifest
 from simclr.run.checkpoint import CheckpointError, CheckpointWriter
-from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices
+from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices, tracked
 from simclr.run.finite import Guard
 from simclr.run.peers import Peers
 from simclr.run.resuming import Progress, resume
@@ -98,6 +99,8 @@ def open_run(
         DivergedError: What is raised while it is open, with the way out.
     """
     runlog.require_run_or_empty(config.folder)
+    if config.parts is not None:
+        parts.load(config.parts, config.parts_sha256)
     config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
@@ -112,6 +115,7 @@ def open_run(
             config.view_2,
             seed=config.seed,
             view_stages=config.view_stages,
+            augmentation=config.augmentation,
             choice=config.speed.views,
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
@@ -129,6 +133,7 @@ def open_run(
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
                 write_manifest(config, derived, source, feed, accelerator, progress)
+            started = (runlog.read_manifest(config.folder) or {"sessions": [{}]})["sessions"][0] if is_main else {}
             # Which images this rank reads at each step
             plan = EpochPlan(
                 validation_split(derived.num_images, 0)[0],
@@ -139,6 +144,7 @@ def open_run(
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
+                tracked(accelerator, config, started.get("environment", {}).get("date", "")),
                 Status(
                     config.folder,
                     is_main=is_main,
@@ -147,7 +153,11 @@ def open_run(
                     is_ours=lock.is_held,
                 ) as status,
                 RunLog(
-                    config.folder, is_main=is_main, total_steps=derived.total_steps, first_step=progress.step
+                    config.folder,
+                    is_main=is_main,
+                    total_steps=derived.total_steps,
+                    first_step=progress.step,
+                    track=accelerator.log,
                 ) as log,
                 CheckpointWriter(
                     config.folder,
@@ -182,8 +192,6 @@ def open_run(
                     yield run
                 except DivergedError as error:
                     raise DivergedError(f"{error}{_way_out(run)}") from error
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 def require_same_start(run: Run) -> None:
@@ -209,7 +217,7 @@ def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator
         world_size=derived.world_size,
         has_scaler=accelerator.scaler is not None,
         saves_memory=config.speed.recompute or config.speed.micro_batch_size is not None,
-        views=feed.method,
+        views=feed.method if feed.method != "own" else config.augmentation,
         longest_stage=longest * derived.steps_per_epoch * config.global_batch_size,
     )
 
@@ -262,7 +270,7 @@ def statement(config: TrainConfig, program: Path) -> dict[str, str]:
     facts, device = load_facts(config.data), PartialState().device
     settings = {key: str(value) for key, value in settings_of(config).items()}
     # Where the images lie and who reads them may differ; what they are may not.
-    return {key: value for key, value in settings.items() if key not in {"data", "speed.loader"}} | {
+    return {key: value for key, value in settings.items() if key not in {"data", "speed.loader", "parts"}} | {
         "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
         "the code": launch.fingerprint_of_code(program),
         "the device": device.type,

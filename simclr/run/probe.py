@@ -14,16 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import beton, report
+from simclr import beton, parts, report
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, default_num_validation
-from simclr.data import ImageSource, open_images, validation_split
+from simclr.data import ImageSource, few_labels, open_images, validation_split
 from simclr.evaluation import Candidate
 from simclr.run import host, launch, runlog
-from simclr.run.checkpoint import Pretrained, load_pretrained, require_safe_loading
+from simclr.run.checkpoint import BEST, LAST, Pretrained, load_pretrained, require_safe_loading
 
 LARGEST_PIXEL_FEATURES = 4 << 30
 """In bytes; beyond this the raw-pixel baseline is left out, and that is said."""
+
+LEAST_STEPS = 16
+"""Batches in an epoch with few labels, at least, unless they had fewer than 8 images: with one or two batches, 50
+epochs would end long before a fit."""
 
 MOST_TRAINED_ON = 0.1
 """Share of the test images; with more training images among them, nothing is measured."""
@@ -45,6 +49,8 @@ class Probe:
     """Training images that candidates are fitted on."""
     validation: NDArray[np.int64]
     """Training images that candidates are chosen on."""
+    labelled: NDArray[np.int64]
+    """Both, sorted: all training images whose labels may be looked at."""
     device: torch.device
     output: Path
     """Where the results go."""
@@ -56,11 +62,15 @@ class Probe:
         """Every learning rate with every weight decay."""
         return [Candidate(*pair) for pair in product(self.config.learning_rates, self.config.weight_decays)]
 
+    def images(self, source: ImageSource) -> NDArray[np.int64]:
+        """Return the indices of the images of a file that are measured on: of training images, the labelled ones."""
+        return self.labelled if source is self.train else np.arange(source.facts.num_images, dtype=np.int64)
+
     @property
     def has_room_for_pixels(self) -> bool:
         """Whether all training images' pixels in float32 stay within what is held at once."""
         facts = self.train.facts
-        return facts.num_images * facts.height * facts.width * 3 * 4 <= LARGEST_PIXEL_FEATURES
+        return len(self.labelled) * facts.height * facts.width * 3 * 4 <= LARGEST_PIXEL_FEATURES
 
 
 @contextlib.contextmanager
@@ -71,8 +81,10 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         ValueError: If the run, the data and the configuration do not fit together; the message says what to do.
     """
     require_safe_loading()
+    if config.parts is not None:
+        parts.load(config.parts)
     device = choose_device(config)
-    pretrained = load_pretrained(config.run, device)
+    pretrained = load_pretrained(checkpoint_of(config), device)
     folder = pretrained.path.parent
     manifest, metrics = runlog.read_manifest(folder), runlog.read_metrics(folder)
     train_path, test_path = find_files(config, pretrained)
@@ -80,10 +92,19 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         open_images(train_path, backend=config.loader, device=device) as train,
         open_images(test_path, backend=config.loader, device=device) as test,
     ):
-        config = with_sizes(config, pretrained, train)
         notes = require_comparable(config, pretrained, train, test)
-        assert config.num_validation is not None
-        fit, validation = validation_split(train.facts.num_images, config.num_validation)
+        if config.label_fraction < 1:
+            fit, validation = few_labels(
+                beton.check(train.path).labels,
+                num_classes=train.facts.num_classes,
+                fraction=config.label_fraction,
+                seed=config.seed,
+            )
+            config = with_few_labels(config, len(fit))
+        else:
+            config = with_sizes(config, pretrained, train)
+            assert config.num_validation is not None
+            fit, validation = validation_split(train.facts.num_images, config.num_validation)
         probe = Probe(
             config=config,
             pretrained=pretrained,
@@ -93,6 +114,7 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
             test=test,
             fit=fit,
             validation=validation,
+            labelled=np.union1d(fit, validation),
             device=device,
             output=config.output or folder / default_output(config),
             notes=tuple(notes),
@@ -102,9 +124,9 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         yield probe
 
 
-def every_image(source: ImageSource) -> NDArray[np.int64]:
-    """Return the indices of all images."""
-    return np.arange(source.facts.num_images, dtype=np.int64)
+def checkpoint_of(config: ProbeConfig) -> Path:
+    """Return what is measured: with few labels the last checkpoint, since kNN with all labels chose the best one."""
+    return config.run / LAST if config.label_fraction < 1 and config.run.is_dir() else config.run
 
 
 def choose_device(config: ProbeConfig) -> torch.device:
@@ -124,7 +146,8 @@ def choose_device(config: ProbeConfig) -> torch.device:
 def default_output(config: ProbeConfig) -> str:
     """Return the name of the folder for this kind of evaluation."""
     is_augmented = config.mode == "linear" and config.features == "augmented"
-    return "probe-linear-augmented" if is_augmented else f"probe-{config.mode}"
+    few = f"-labels-{config.label_fraction:g}" if config.label_fraction < 1 else ""
+    return ("probe-linear-augmented" if is_augmented else f"probe-{config.mode}") + few
 
 
 def find_files(config: ProbeConfig, pretrained: Pretrained) -> tuple[Path, Path]:
@@ -177,6 +200,19 @@ def with_sizes(config: ProbeConfig, pretrained: Pretrained, train: ImageSource) 
     )
 
 
+def with_few_labels(config: ProbeConfig, num_fit: int) -> ProbeConfig:
+    """Return the settings with knn_neighbours and batch_size that fit the number of labelled images.
+
+    Raises:
+        ValueError: If more neighbours are asked for than there are.
+    """
+    neighbours = config.knn_neighbours or min(20, num_fit)
+    if neighbours > num_fit:
+        raise ValueError(f"knn_neighbours is {neighbours}, but {num_fit} labelled images are fitted on; use {num_fit}")
+    most = max(min(8, num_fit), num_fit // LEAST_STEPS)
+    return dataclasses.replace(config, knn_neighbours=neighbours, batch_size=min(config.batch_size, most))
+
+
 def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: ImageSource, test: ImageSource) -> list[str]:
     """Compare training, test and pretraining images; return what the reader of the results has to know.
 
@@ -185,7 +221,8 @@ def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: Image
             images are training images, or training images are others than pretrained on and were not named.
     """
     for source, option in ((train, "--train"), (test, "--test")):
-        _require_measurable(source, pretrained.facts, option)
+        is_drawn_from = source is train and config.label_fraction < 1
+        _require_measurable(source, pretrained.facts, option, all_labelled=not is_drawn_from)
     if train.facts.classes != test.facts.classes:
         raise ValueError(
             f"the classes differ: {train.path} has {list(train.facts.classes)}, {test.path} has "
@@ -200,14 +237,18 @@ def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: Image
         )
     train_images, test_images = beton.image_digests(train.path), beton.image_digests(test.path)
     notes = _compare_test_with_training(train, test, train_images, test_images)
+    if config.label_fraction < 1 and pretrained.path.name == BEST and pretrained.knn_accuracy is not None:
+        notes.append(
+            f"Few labels are used here, but this checkpoint was chosen by kNN accuracy with all labels; {LAST} was not."
+        )
     if not is_pretraining_file:
         notes += _compare_with_pretraining(pretrained, train.facts, train_images, test_images)
     return notes
 
 
-def _require_measurable(source: ImageSource, before: Facts, option: str) -> None:
+def _require_measurable(source: ImageSource, before: Facts, option: str, *, all_labelled: bool) -> None:
     path, facts = source.path, source.facts
-    if not facts.is_labelled:
+    if not facts.is_labelled and (all_labelled or not sum(facts.class_counts)):
         raise ValueError(
             f"{path} has {facts.num_images - sum(facts.class_counts):,} images without a label; accuracy needs "
             f"labels. Name a labelled file with {option}"
@@ -292,10 +333,13 @@ def say_start(probe: Probe) -> None:
     print(f"encoder:    {pretrained.path} ({pretrained.config.model.encoder}, epoch {pretrained.epoch})")
     for name, source in (("train:", probe.train), ("test:", probe.test)):
         print(f"{name:<12}{source.path}, {source.facts.num_images:,} images ({source.reason})")
+    few = f" of {probe.train.facts.num_images:,}" if config.label_fraction < 1 else ""
     print(
-        f"choice:     {probe.train.facts.num_images:,} training images = {len(probe.fit):,} to fit "
+        f"choice:     {len(probe.labelled):,}{few} training images = {len(probe.fit):,} to fit "
         f"+ {len(probe.validation):,} to choose on"
     )
+    if few:
+        print(f"labels:     {100 * config.label_fraction:g} %, as many of each class, drawn by seed {config.seed}")
     print(f"kNN:        {config.knn_neighbours} neighbours; classifier: batches of {config.batch_size}")
     print(
         f"candidates: {len(config.learning_rates)} learning rates x {len(config.weight_decays)} weight decays = "

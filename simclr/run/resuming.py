@@ -18,7 +18,7 @@ from simclr.run.checkpoint import CheckpointError
 
 # Fields that may differ between a run and its continuation, because the weights depend on them by rounding at most.
 FREE_TO_CHANGE = frozenset(
-    {"name", "data", "output", "resume", "stop_at_step", "world_size", "tracker"}
+    {"name", "data", "parts", "output", "resume", "stop_at_step", "world_size", "tracker", "tracker_project"}
     | {"log_every_steps", "checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"}
     | {"allow_changed", "timeout_seconds", "on_nonfinite"}
     | {f"speed.{field.name}" for field in dataclasses.fields(SpeedConfig)}

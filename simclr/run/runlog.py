@@ -45,7 +45,7 @@ State = Literal["running", "interrupted", "finished", "failed"]
 DIED = "died"
 """The state that :func:`read_status` gives a run that ended without writing so: it was killed, or its disk was full."""
 _FILES_OF_A_RUN = (LOCK, STATUS, MANIFEST, METRICS, "checkpoint_*.pt", "simclr_best_epoch.pt")
-_FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err", "simclr")  # from job scripts, and tensorboard's folder
+_FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err")  # from job scripts
 _SECRET = re.compile(r"(?:^|[-_.])[a-z0-9]*(?:token|key|password|passwd|secret)s?$", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
@@ -114,10 +114,19 @@ class RunLog:
         total_steps: Number of steps of the whole run, for the progress bar.
         first_step: Number of steps taken before. Lines of later steps, which an interrupted run left, are removed,
             so that every step stands in the file once.
+        track: Takes what each line holds, and its step, for a tracker.
     """
 
-    def __init__(self, folder: Path, *, is_main: bool, total_steps: int, first_step: int = 0) -> None:
-        self._is_main = is_main
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        total_steps: int,
+        first_step: int = 0,
+        track: Callable[[dict[str, Any], int], None] = lambda values, step: None,
+    ) -> None:
+        self._is_main, self._track = is_main, track
         self._started = time.perf_counter()
         if not is_main:
             return
@@ -146,8 +155,10 @@ class RunLog:
             return
         seconds = self._seconds_before + time.perf_counter() - self._started
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **finite, "seconds": round(seconds, 3)}) + "\n")
+        line = {**finite, "seconds": round(seconds, 3)}
+        self._file.write(json.dumps({"kind": kind, "step": step, **line}) + "\n")
         self._file.flush()
+        self._track({name: value for name, value in line.items() if value is not None}, step)
 
     def advance(self, steps: int, **values: str) -> None:
         """Move the progress bar and show values behind it. Where output is no terminal, print a line now and then."""

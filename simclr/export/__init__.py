@@ -30,14 +30,15 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import model_card
+from simclr import parts
 from simclr.evaluation import Normalisation
+from simclr.export import model_card
+from simclr.export.timm_alone import timm_alone
 from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
 from simclr.run.checkpoint import CheckpointError, Pretrained
 from simclr.run.files import PathLike
 from simclr.schema import Size
-from simclr.timm_alone import timm_alone
 
 FOLDER = "encoder"
 WEIGHTS, PROGRAM, ONNX, CONFIG, CARD = "model.safetensors", "encoder.pt2", "encoder.onnx", "config.json", "README.md"
@@ -66,6 +67,8 @@ class Options:
     encoder.onnx take images of the stored size and resize them inside. Default: as stored."""
     license: str | None = None
     """Of the weights, for the model card, as the Hugging Face hub writes it: mit, cc-by-4.0 and the like."""
+    parts: Path | None = None
+    """The file that the run was trained with, if it has parts of its own; it is executed."""
 
 
 class ImageEncoder(nn.Module):
@@ -381,10 +384,13 @@ def _sha256(weights: Mapping[str, Tensor]) -> str:
 @files.explain_refusals()
 def main(options: Options) -> Path:
     """Export, and return the folder."""
+    if options.parts is not None:
+        parts.load(options.parts)
     return export(checkpoint.load_pretrained(options.run), options)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.export", description=__doc__))

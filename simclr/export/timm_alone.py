@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
+
+from simclr.small_resnet import SmallResNet
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def timm_alone(encoder: nn.Module, name: str, image: Tensor) -> TimmAlone | None
     """
     arguments = _arguments(encoder, image.shape[-1])
     for base in dict.fromkeys((name, re.sub(r"_d\d+$", "", name))):
+        if timm.is_model(base) and not timm.models.model_entrypoint(base).__module__.startswith("timm."):
+            continue  # somebody has registered it in this process
         call, imports, start = _beginning(base, arguments)
         try:
             plain = _run(f"{imports}\n{start}")
@@ -80,6 +85,11 @@ def _beginning(name: str, arguments: dict[str, int]) -> tuple[str | None, str, s
 def _changes(have: nn.Module, wanted: nn.Module, path: str) -> Iterator[str]:
     """Yield the lines that make ``wanted`` of ``have``, which stands at ``path``."""
     if repr(have) == repr(wanted):
+        return
+    if isinstance(wanted, SmallResNet):  # timm's, written out: these parts may be other ones
+        for name in ("conv1", "maxpool"):
+            yield from _changes(have.get_submodule(name), wanted.get_submodule(name), f"{path}.{name}")
+        yield f"{path}.layer4 = {_as_code(wanted.layer4)}"  # timm's has none
         return
     parts, wanted_parts = dict(have.named_children()), dict(wanted.named_children())
     if type(have) is not type(wanted) or not wanted_parts or parts.keys() - wanted_parts.keys():

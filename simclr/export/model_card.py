@@ -18,13 +18,14 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from simclr.evaluation import combined_sha256, fingerprint
+from simclr.export.timm_alone import TimmAlone
 from simclr.run import runlog
 from simclr.run.checkpoint import Pretrained
-from simclr.timm_alone import TimmAlone
 from simclr.views import describe, say_view_stages
 
 PROBES = "*/probe.json"
 _METHODS = {"nt_xent": "SimCLR (NT-Xent)", "barlow_twins": "Barlow Twins"}
+_TAGS = {"nt_xent": "simclr", "barlow_twins": "barlow-twins"}
 _PAPERS = {"nt_xent": "2002.05709", "barlow_twins": "2103.03230"}
 
 
@@ -97,8 +98,8 @@ def render(
         config=pretrained.config,
         facts=pretrained.facts,
         front_matter=_front_matter(pretrained, probes, alone, license_id).to_yaml(),
-        method=_METHODS[pretrained.config.loss.name],
-        paper=_PAPERS[pretrained.config.loss.name],
+        method=_METHODS.get(pretrained.config.loss.name, f"the objective {pretrained.config.loss.name}, of its own"),
+        paper=_PAPERS.get(pretrained.config.loss.name),
         parameters=sum(parameter.numel() for parameter in pretrained.model.encoder.parameters()),
         probes=probes,
         others=others,
@@ -128,6 +129,7 @@ def _front_matter(
     pretrained: Pretrained, probes: Sequence[Measured], alone: TimmAlone | None, license_id: str | None
 ) -> ModelCardData:
     """Return what the hub reads: tags, library, and the results of the test images."""
+    objective = pretrained.config.loss.name
     builds_by_name = alone is not None and alone.call is not None
     return ModelCardData(
         license=license_id,
@@ -135,10 +137,9 @@ def _front_matter(
         pipeline_tag="image-feature-extraction",
         tags=[
             *(["timm"] if alone is not None else []),
-            "simclr" if pretrained.config.loss.name == "nt_xent" else "barlow-twins",
+            *([_TAGS[objective], f"arxiv:{_PAPERS[objective]}"] if objective in _PAPERS else []),
             "self-supervised-learning",
             "contrastive-learning",
-            f"arxiv:{_PAPERS[pretrained.config.loss.name]}",
         ],
         model_name=pretrained.config.name if probes else None,
         eval_results=[result for probe in probes for result in _results(probe)] or None,

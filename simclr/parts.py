@@ -1,0 +1,164 @@
+"""Your own parts of a run, from a file of yours: an encoder, a projector, an objective, views. See docs/own_parts.md.
+
+    python train_simclr.py cpu-simclr --parts my_parts.py --loss.name alignment
+
+``my_parts.py`` registers functions, and the configuration names them. An encoder is registered with timm
+(``timm.models.register_model``), which knows encoders already; the other kinds are registered here.
+
+A file is executed because somebody names it, and never because a checkpoint does: whoever loads a run with parts of its
+own names the file again, and its content must be the one that the run was trained with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from simclr.models import ModelConfig
+    from simclr.views import View
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Registry(Generic[Function]):
+    """The parts of one kind, by name.
+
+    Args:
+        kind: What they are, for messages.
+        built_in: Names of those that this project has itself.
+    """
+
+    def __init__(self, kind: str, built_in: Iterable[str]) -> None:
+        self.kind, self.built_in = kind, tuple(built_in)
+        self._own: dict[str, Function] = {}
+
+    def register(self, function: Function) -> Function:
+        """Make a function known by its name; a decorator.
+
+        Raises:
+            ValueError: If there is another part of this kind and name.
+        """
+        name = function.__name__
+        if name in self.built_in or self._own.get(name, function).__module__ != function.__module__:
+            raise ValueError(f"there is another {self.kind} named {name}; give yours another name")
+        self._own[name] = function
+        return function
+
+    def require(self, name: str, field: str) -> None:
+        """Raise ValueError, with all known names, unless there is a part of this name."""
+        known = (*self.built_in, *self._own)
+        if name not in known:
+            raise ValueError(f"{field} is {name!r}, expected one of {', '.join(known)}, or one that --parts registers")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a part of this name that is not built in."""
+        return name in self._own
+
+    def __getitem__(self, name: str) -> Function:
+        return self._own[name]
+
+
+PROJECTORS: Registry[Callable[[int, ModelConfig], nn.Module]] = Registry(
+    "projector", ("simclr2", "simclr3", "barlow3", "none")
+)
+OBJECTIVES: Registry[Callable[..., Tensor]] = Registry("objective", ("nt_xent", "barlow_twins"))
+VIEWS: Registry[Callable[[Tensor, View], Tensor]] = Registry("views", ("standard",))
+
+register_projector = PROJECTORS.register
+"""Decorates ``(representation_dim, config) -> module``; see :func:`simclr.models.make_projector`."""
+register_objective = OBJECTIVES.register
+"""Decorates ``(z1, z2, **settings) -> loss``; see :func:`simclr.losses.own_objective`."""
+register_views = VIEWS.register
+"""Decorates ``(image, view) -> pixels``; see :func:`simclr.views.own_view`."""
+
+_loaded: dict[str, bytes] = {}  # contents, by their SHA-256
+
+
+def load(path: str | os.PathLike[str], expected_sha256: str = "") -> str:
+    """Execute a file that registers parts, unless one with this content was executed in this process already.
+
+    Args:
+        path: The file.
+        expected_sha256: What its content must be; empty for any.
+
+    Returns:
+        SHA-256 of its content, in hexadecimal.
+
+    Raises:
+        ValueError: If it is missing, has another content, or raises an error; the message names the line.
+    """
+    path = Path(path)
+    content = _content(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if expected_sha256 not in ("", digest):
+        raise ValueError(
+            f"{path} has SHA-256 {digest[:12]}..., and the run was trained with {expected_sha256[:12]}...; name the "
+            "file as it was then"
+        )
+    if digest in _loaded:
+        return digest
+    module = types.ModuleType(f"own_parts_{digest[:12]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where timm looks for it
+    try:
+        with warnings.catch_warnings():
+            # What timm says of a name that it has already: a run must not mean another encoder by it.
+            warnings.filterwarnings("error", "Overwriting", UserWarning)
+            exec(compile(content, str(path), "exec"), module.__dict__)
+    except Exception as error:
+        del sys.modules[module.__name__]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"line {lines[-1]}, " if lines else ""
+        raise ValueError(f"{path} cannot be loaded: {where}{type(error).__name__}: {error}") from error
+    _loaded[digest] = content
+    return digest
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, without executing it. Raises ValueError if it cannot be read."""
+    return hashlib.sha256(_content(Path(path))).hexdigest()
+
+
+def has_content(path: str | os.PathLike[str], sha256: str) -> bool:
+    """Whether a file is there and has this SHA-256; it is not executed."""
+    try:
+        return sha256_of(path) == sha256
+    except ValueError:
+        return False
+
+
+def content_of(sha256: str) -> bytes:
+    """Return what was executed."""
+    return _loaded[sha256]
+
+
+def is_loaded(sha256: str) -> bool:
+    """Whether a file of this content was executed in this process."""
+    return sha256 in _loaded
+
+
+def require_settings(name: str, settings: Iterable[str]) -> None:
+    """Raise ValueError unless the objective ``name`` takes these settings, as keyword arguments."""
+    taken = list(inspect.signature(OBJECTIVES[name]).parameters)[2:] if name in OBJECTIVES else []
+    for setting in settings:
+        if setting not in taken:
+            has = f"has {', '.join(taken)}" if taken else "has none"
+            raise ValueError(f"loss.settings names {setting!r}, but the objective {name} {has}")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"parts: {path} cannot be read: {error.strerror}; name a Python file that is there") from error
