@@ -31,7 +31,9 @@ CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
 REQUIRED_BY = {mark: f"REQUIRE_{mark.upper()}" for mark in ("real_data", "slurm", "hosts", "pdf")}
 """The variable that forbids to skip the tests of a mark."""
 
-SLOWEST_FIRST = ["test_whole_path", "test_benchmarks", "test_slurm", "test_hosts", "test_faults", "test_launch"]
+SLOWEST_FIRST = [
+    *("test_whole_path", "test_benchmarks", "test_notebook", "test_slurm", "test_hosts", "test_faults", "test_launch")
+]
 """Files that two workers must not begin last, when one would wait for the other."""
 
 QUICK_MARKS = {"slow", "distributed", "slurm", "hosts", "real_data", "gpu"}
