@@ -1,6 +1,6 @@
 """Executes assignment.ipynb and keeps what it shows: python notebooks/execute.py [OUTPUT]
 
-Written is the notebook itself, or OUTPUT. Pictures keep 64 colours, which holds the file below 200 kB, and paths are
+Written is the notebook itself, or OUTPUT. Pictures keep 48 colours, which holds the file below 200 kB, and paths are
 given from the home directory or from this repository.
 """
 
@@ -45,10 +45,10 @@ def main(output: Path) -> None:
 
 
 def with_few_colours(encoded: str) -> str:
-    """Return a PNG in base64 with 64 colours of its own: a quarter of the size."""
+    """Return a PNG in base64 with 48 colours of its own: a quarter of the size."""
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
     small = io.BytesIO()
-    picture.quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    picture.quantize(48, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 
