@@ -346,8 +346,7 @@ def test_options_of_speed_stand_together_and_keep_their_short_names(capsys: pyte
     assert parse_train_config(["--recompute"]).speed == SpeedConfig(recompute=True)
     assert parse_train_config(["--micro-batch-size", "4"]).speed == SpeedConfig(micro_batch_size=4)
     with pytest.raises(SystemExit):
-        parse_train_config(["demo", "--help"])
-    _, _, section = capsys.readouterr().out.partition("speed options")
-    shown = re.sub(r"[\s│]+", " ", section.split("╰")[0])
+        parse_train_config(["demo", "--help", "speed"])
+    shown = " ".join(capsys.readouterr().out.split())
     assert "None of these changes a result by more than rounding." in shown
     assert len(re.findall(r" --(?!no-)[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))
