@@ -349,4 +349,4 @@ def test_options_of_speed_stand_together_and_keep_their_short_names(capsys: pyte
         parse_train_config(["demo", "--help", "speed"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "None of these changes a result by more than rounding." in shown
-    assert len(re.findall(r" --(?!no-)[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))
+    assert len(re.findall(r" --[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))
