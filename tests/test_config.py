@@ -26,9 +26,6 @@ def test_presets_are_whole_and_build(name: str) -> None:
     assert preset.config.name == name
     assert preset.source
     assert "measured" in preset.expected or "%" in preset.expected
-    config_file = Path(preset.command.split()[3])
-    assert preset.command == f"accelerate launch --config_file {config_file} train_simclr.py {name}"
-    assert (Path(__file__).parent.parent / config_file).is_file()
     assert SimCLR(preset.config.model, 32).representation_dim >= 96
     derived = derive(preset.config, 50_000, 1)
     assert derived.total_steps == preset.config.epochs * (50_000 // preset.config.global_batch_size)

@@ -90,7 +90,7 @@ def dry_run(run: Run, batches: Batches, take_step: TakeStep) -> None:
         seconds += per_step * stage.num_steps
         lines.append(
             f"views of {stage.side} pixels: {stage.num_steps:,} steps x {per_step:.3g} s = "
-            f"{duration(per_step * stage.num_steps)} ({config.global_batch_size / per_step:,.0f} images/s; "
+            f"{duration(per_step * stage.num_steps)} ({rate(config.global_batch_size / per_step)} images/s; "
             f"{num_taken} step{'s' * (num_taken > 1)} timed)"
         )
     if stages and (times := num_knn(run)):
@@ -216,6 +216,11 @@ def synchronise(device: torch.device) -> None:
 def duration(seconds: float) -> str:
     """Write seconds for people."""
     return f"{seconds:.0f} s" if seconds < 90 else str(datetime.timedelta(seconds=round(seconds)))
+
+
+def rate(images_per_second: float) -> str:
+    """Write images per second for people."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
 
 
 def gib(size: float) -> str:
