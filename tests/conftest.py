@@ -1,9 +1,9 @@
 """Fixtures and session rules of the whole suite.
 
 CIFAR10_JPEG_ARCHIVE names a .tar.xz of CIFAR-10 as JPEG files (train/<class>/NNNN.jpg, test/<class>/NNNN.jpg).
-The tests marked real_data use it and are skipped without it. Those marked slurm and hosts need root and packages. With
-REQUIRE_REAL_DATA=1, REQUIRE_SLURM=1 or REQUIRE_HOSTS=1 a skipped test of that mark is a failure, and so is a session in
-which none passed: continuous integration cannot lose them unnoticed.
+The tests marked real_data use it and are skipped without it. Those marked slurm and hosts need root and packages, those
+marked pdf Pango. With REQUIRE_REAL_DATA=1, REQUIRE_SLURM=1, REQUIRE_HOSTS=1 or REQUIRE_PDF=1 a skipped test of that
+mark is a failure, and so is a session in which none passed: continuous integration cannot lose them unnoticed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.helpers import shut_down_workers
 CIFAR10_JPEG_SHA256 = "eef3a0c9b9b536d7eff5b956584990fab6b7da4629a91c7470493a7b41940856"
 CIFAR10_JPEG_COUNTS = {"train": 50_000, "test": 10_000}
 
-REQUIRED_BY = {"real_data": "REQUIRE_REAL_DATA", "slurm": "REQUIRE_SLURM", "hosts": "REQUIRE_HOSTS"}
+REQUIRED_BY = {mark: f"REQUIRE_{mark.upper()}" for mark in ("real_data", "slurm", "hosts", "pdf")}
 """The variable that forbids to skip the tests of a mark."""
 
 SLOWEST_FIRST = ["test_whole_path", "test_benchmarks", "test_slurm", "test_hosts", "test_faults", "test_launch"]

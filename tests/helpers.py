@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 
-PRELOADED = ["torch.distributed", "numpy", "train_simclr"]  # imported once, by the process that forks all others
+# Imported once, by the process that forks all others. torch's optimizers import torch._dynamo, ResNets timm.
+PRELOADED = ["torch.distributed", "torch._dynamo", "numpy", "timm", "train_simclr"]
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 

@@ -24,10 +24,10 @@ from data_prep.read_image import Loaded, load
 from simclr.config import TrainConfig, to_json
 from simclr.evaluation import combined_sha256, fingerprint
 from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, _sha256, load_encoder, main
+from simclr.export.timm_alone import timm_alone
 from simclr.models import ModelConfig, SimCLR, Stem, make_encoder
 from simclr.run import checkpoint, runlog
 from simclr.run.checkpoint import CheckpointError
-from simclr.timm_alone import timm_alone
 from simclr.views import plain_view
 from tests.run.test_checkpoint import FACTS
 

@@ -415,6 +415,7 @@ def test_without_weasyprint_the_way_out_is_named_before_anything_is_done(monkeyp
         linear_probe.main(ProbeConfig(run=Path("nowhere"), pdf=True))
 
 
+@pytest.mark.pdf
 def test_the_report_is_written_as_pdf(tmp_path: Path) -> None:
     try:
         pdf.require_pdf()

@@ -30,14 +30,15 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import model_card, parts
+from simclr import parts
 from simclr.evaluation import Normalisation
+from simclr.export import model_card
+from simclr.export.timm_alone import timm_alone
 from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
 from simclr.run.checkpoint import CheckpointError, Pretrained
 from simclr.run.files import PathLike
 from simclr.schema import Size
-from simclr.timm_alone import timm_alone
 
 FOLDER = "encoder"
 WEIGHTS, PROGRAM, ONNX, CONFIG, CARD = "model.safetensors", "encoder.pt2", "encoder.onnx", "config.json", "README.md"
@@ -388,7 +389,8 @@ def main(options: Options) -> Path:
     return export(checkpoint.load_pretrained(options.run), options)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.export", description=__doc__))

@@ -18,9 +18,9 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
 from simclr.evaluation import combined_sha256, fingerprint
+from simclr.export.timm_alone import TimmAlone
 from simclr.run import runlog
 from simclr.run.checkpoint import Pretrained
-from simclr.timm_alone import TimmAlone
 from simclr.views import describe, say_view_stages
 
 PROBES = "*/probe.json"

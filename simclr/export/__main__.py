@@ -1,0 +1,5 @@
+"""``python -m simclr.export``."""
+
+from simclr.export import cli
+
+cli()
