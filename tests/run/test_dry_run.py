@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import train_simclr
 from simclr import beton
@@ -81,6 +82,7 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_says(
     assert re.search(r"views of 16 pixels: 9 steps x", said)
     assert re.search(r"kNN: 3 x \S+ s", said)
     assert re.search(r"of the host: \S+ GiB at the peak of this process", said)
+    assert bool(re.search(r"of the GPU: \S+ GiB of \S+ GiB at the peak", said)) == torch.cuda.is_available()
 
 
 def test_a_run_that_is_begun_is_left_as_it_is_and_what_is_left_of_it_is_told(
