@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
 from torch import nn
 
 from simclr import evaluation, report
+from simclr.command_line import parse_probe_config
 from simclr.config import ProbeConfig
 from simclr.data import ImageSource
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
@@ -367,7 +367,7 @@ def cli() -> None:
             f"python linear_probe.py {shlex.join(sys.argv[1:])}"
         )
     try:
-        main(tyro.cli(ProbeConfig, description=__doc__))
+        main(parse_probe_config(description=__doc__))
     except ValueError as error:  # what the user can put right; anything else keeps its traceback
         sys.exit(f"linear_probe.py: {error}")
 

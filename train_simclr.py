@@ -1,12 +1,13 @@
 r"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
 
     python train_simclr.py demo
+    python train_simclr.py demo --dry-run
     python train_simclr.py --repeat results/demo
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 \
         train_simclr.py cifar10-simclr-100 --world-size 4
 
 With the data file, the configuration determines the weights, whatever the number of devices; --repeat RUN takes it from
-another run's manifest. A run that was cut off
+another run's manifest. --dry-run says what a run would be and take, and writes nothing. A run that was cut off
 continues, in the middle of an epoch too, when the same command is given again. One that is asked to stop, by a signal
 to any process, saves first and ends with status 75.
 """
@@ -30,7 +31,7 @@ from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
 from simclr.optim import set_learning_rate
-from simclr.run import checkpoint, files, host, launch, memory, repeating
+from simclr.run import checkpoint, dry_run, files, host, launch, memory, repeating
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.run.meter import Meter
@@ -41,12 +42,13 @@ MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less 
 
 
 @files.explain_refusals()
-def main(config: TrainConfig, signals: Signals | None = None) -> Path:
+def main(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = False) -> Path:
     """Pretrain.
 
     Args:
         config: The run.
         signals: What asks this process to stop; by default nothing does.
+        is_dry: Whether to say what the run would take instead, and write nothing: see :mod:`simclr.run.dry_run`.
 
     Returns:
         The run's folder, with simclr_best_epoch.pt, checkpoint_last.pt, metrics.jsonl, manifest.json and status.json.
@@ -65,8 +67,8 @@ def main(config: TrainConfig, signals: Signals | None = None) -> Path:
         peers.explain_lost_ranks(),
     ):
         launch.require_one_run(peers.gather(statement(config, Path(__file__))))
-        with open_run(config, peers, update) as run:
-            train(run)
+        with open_run(config, peers, update, is_dry=is_dry) as run:
+            dry_run.dry_run(run, batches, train_step) if is_dry else train(run)
     return config.folder
 
 
@@ -298,7 +300,8 @@ def cli() -> None:
     """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
     try:
-        source, words = repeating.take_option(sys.argv[1:])
+        is_dry, words = dry_run.take_option(sys.argv[1:])
+        source, words = repeating.take_option(words)
         start = None if source is None else repeating.config_to_repeat(source)
         config = parse_train_config(words, description=__doc__, start=start)
         if source is not None:
@@ -306,15 +309,15 @@ def cli() -> None:
             repeating.say_differences(source, config)
     except ValueError as error:  # what the user can put right
         sys.exit(f"train_simclr.py: {error}")
-    conclude(config)
+    conclude(config, is_dry=is_dry)
 
 
-def conclude(config: TrainConfig) -> None:
+def conclude(config: TrainConfig, *, is_dry: bool = False) -> None:
     """Run :func:`main`, and end the process with the status that belongs to its outcome."""
     signals = Signals()
     signals.install()
     try:
-        main(config, signals)
+        main(config, signals, is_dry=is_dry)
     except Interrupted:
         signals.ignore()
         distributed.leave()

@@ -23,6 +23,7 @@ from data_prep.read_image import resize_and_crop
 from simclr.run.host import usable_cores
 
 STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
+_FILTER: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # without it, newer Pythons warn
 _CHUNK = 1024
 
 
@@ -86,6 +87,14 @@ def _source(
     return Source(description, split, classes, len(images), chunks)
 
 
+def _extract(tar: tarfile.TarFile, root: Path) -> None:
+    """Unpack files and folders, and nothing outside of ``root``; Pythons before 3.11.4 have no filter for that."""
+    for member in tar.getmembers():
+        if not (member.isfile() or member.isdir()) or not (root / member.name).resolve().is_relative_to(root.resolve()):
+            raise tarfile.TarError(f"{member.name!r} in it is a link or lies outside of the folder")
+    tar.extractall(root, **_FILTER)
+
+
 def _load(kind: Any, name: str, root: Path, download: bool, **which: object) -> Any:
     archive = root / kind.filename
     try:
@@ -97,7 +106,7 @@ def _load(kind: Any, name: str, root: Path, download: bool, **which: object) -> 
             if not check_integrity(archive, kind.tgz_md5):
                 raise
             with tarfile.open(archive) as tar:
-                tar.extractall(root, filter="data")  # nothing outside of root
+                _extract(tar, root)
             return kind(root, **which)
     except (OSError, RuntimeError, tarfile.TarError) as error:
         what = "could not be downloaded" if download else "are missing or damaged (and --no-download was given)"

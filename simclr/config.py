@@ -38,7 +38,7 @@ class LossConfig:
     """The objective."""
 
     name: str = "nt_xent"
-    """nt_xent: SimCLR. barlow_twins: Barlow Twins. Or one that --parts registers."""
+    """nt_xent (SimCLR), barlow_twins (Barlow Twins), or one that --parts registers."""
 
     temperature: Positive = 0.5
     """nt_xent's temperature tau, unitless."""
@@ -71,6 +71,7 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule, a pure function of the step."""
 
     name: Literal["sgd", "lars", "adamw", "muon"] = "sgd"
+    """sgd, lars (for large batches), adamw, or muon (for few epochs)."""
 
     base_learning_rate: Positive = 0.03
     """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
@@ -79,6 +80,7 @@ class OptimizerConfig:
     """sgd, lars and muon: momentum. adamw: beta 1."""
 
     weight_decay: NotNegative = 5e-4
+    """adamw and muon: decoupled, times the learning rate. sgd and lars: added to the gradient."""
 
     decay_biases_and_norms: bool = False
     """Whether weight decay (and LARS's adaptation) also holds for biases and normalisation parameters, that is for
@@ -145,6 +147,8 @@ class TrainConfig:
     """Determines the initial weights, the order and the views."""
 
     epochs: Size = 100
+    """How often each image is seen, as two views."""
+
     global_batch_size: Batch = 512
     """Source images per step over all devices (each gives two views)."""
 
@@ -422,19 +426,23 @@ class ProbeConfig:
     probe-linear-augmented or probe-finetune, with few labels followed by -labels- and the fraction."""
 
     mode: Literal["linear", "finetune"] = "linear"
-    """linear: the encoder stays frozen, which is proven. finetune: it is trained too, from the pretrained weights."""
+    """linear: the encoder stays frozen, which is proven; finetune: it is trained too, from the pretrained weights."""
 
     features: Literal["cached", "augmented"] = "cached"
     """linear only. cached: features of the plain images, computed once. augmented: of lightly augmented images (random
     crop and flip), anew each epoch."""
 
     image_sizes: tuple[Size, ...] = ()
-    """linear with cached features only. Sides in pixels at which the encoder reads images; of several, the one with the
-    highest kNN accuracy on the validation images is taken. Random crops enlarge, so an encoder often knows larger
-    objects than images have (Touvron et al. 2019, arXiv:1906.06423). Default: as stored."""
+    """Sides in pixels at which the encoder reads images; of several, the one with the highest kNN accuracy on the
+    validation images is taken. Random crops enlarge, so an encoder often knows larger objects than images have (Touvron
+    et al. 2019, arXiv:1906.06423). Default: as stored. For linear with cached features only."""
 
     epochs: Size = 50
+    """Of the classifier's training."""
+
     batch_size: Size = 512
+    """Images per step of it."""
+
     view: ViewSpec = LIGHT_VIEW
     """Augmentation for features augmented and mode finetune."""
 
@@ -447,20 +455,23 @@ class ProbeConfig:
     (finetune)."""
 
     momentum: Momentum = 0.9
+    """Of SGD."""
+
     num_validation: Size | None = None
     """Images of the training file held out to choose on. Default: those that the run measured kNN on; a tenth, at most
     5,000, of a file of another size."""
 
     label_fraction: Fraction = 1.0
-    """Share of the training file's labels that are used at all, such as 0.01 or 0.1: drawn by the seed, as many of each
-    class, and written to labels.json. A fifth of them is held out to choose on (num_validation has no meaning then), a
-    folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of the images
-    fitted on."""
+    """Share of the training file's labels that are used at all, such as 0.01 or 0.1. They are drawn by the seed, as
+    many of each class, and written to labels.json. A fifth of them is held out to choose on (num_validation has no
+    meaning then), a folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of
+    the images fitted on."""
 
     knn_neighbours: Size | None = None
-    """Default: 20, or as many as there are."""
+    """How many neighbours vote. Default: 20, or as many as there are."""
 
     knn_temperature: Positive = 0.1
+    """A neighbour's vote is exp(cosine similarity / temperature)."""
 
     baselines: bool = True
     """Whether raw pixels and the untrained encoder are measured too."""
@@ -472,7 +483,11 @@ class ProbeConfig:
     """Whether the report is written as report.pdf too. Needs WeasyPrint: the extra `pdf`."""
 
     seed: Seed = 0
+    """Of the order of images, and of what is drawn: labels, pictures, map."""
+
     loader: Loader = "auto"
+    """Who reads the images; both give the same."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the encoder's forward pass."""
 

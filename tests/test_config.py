@@ -26,9 +26,6 @@ def test_presets_are_whole_and_build(name: str) -> None:
     assert preset.config.name == name
     assert preset.source
     assert "measured" in preset.expected or "%" in preset.expected
-    config_file = Path(preset.command.split()[3])
-    assert preset.command == f"accelerate launch --config_file {config_file} train_simclr.py {name}"
-    assert (Path(__file__).parent.parent / config_file).is_file()
     assert SimCLR(preset.config.model, 32).representation_dim >= 96
     derived = derive(preset.config, 50_000, 1)
     assert derived.total_steps == preset.config.epochs * (50_000 // preset.config.global_batch_size)
@@ -346,8 +343,7 @@ def test_options_of_speed_stand_together_and_keep_their_short_names(capsys: pyte
     assert parse_train_config(["--recompute"]).speed == SpeedConfig(recompute=True)
     assert parse_train_config(["--micro-batch-size", "4"]).speed == SpeedConfig(micro_batch_size=4)
     with pytest.raises(SystemExit):
-        parse_train_config(["demo", "--help"])
-    _, _, section = capsys.readouterr().out.partition("speed options")
-    shown = re.sub(r"[\s│]+", " ", section.split("╰")[0])
+        parse_train_config(["demo", "--help", "speed"])
+    shown = " ".join(capsys.readouterr().out.split())
     assert "None of these changes a result by more than rounding." in shown
-    assert len(re.findall(r" --(?!no-)[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))
+    assert len(re.findall(r" --[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))

@@ -40,7 +40,7 @@ class Guard:
         optimizer: As accelerate prepared it.
         scaler: The gradient scaler of fp16, or None. It leaves out steps itself, as part of its search for a scale.
         policy: See :class:`simclr.config.TrainConfig`.
-        folder: Where a description of gradients that are not finite is written.
+        folder: Where a description of gradients that are not finite is written; None: nowhere.
         plan: Which images this rank takes at each step, for that description.
     """
 
@@ -50,7 +50,7 @@ class Guard:
         optimizer: Any,
         scaler: Any,
         policy: Literal["stop", "skip"],
-        folder: Path,
+        folder: Path | None,
         plan: EpochPlan,
     ) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -136,17 +136,17 @@ class Guard:
                 self._in_a_row = 0
                 continue
             self._in_a_row += 1
-            path = self._describe(seen, total)
+            path = None if self._folder is None else self._describe(self._folder, seen, total)
             if not self._skips or self._in_a_row >= MOST_IN_A_ROW:
                 again = f", for the {self._in_a_row}th time in a row" if self._in_a_row > 1 else ""
                 raise DivergedError(
                     f"the gradient is not finite at step {seen.step}{again}; this rank's loss is {float(seen.loss)}. "
-                    f"The weights did not take it in; {path} has the images and norms"
+                    f"The weights did not take it in{f'; {path} has the images and norms' if path else ''}"
                 )
         self._norms += totals
 
-    def _describe(self, seen: _Step, total: float) -> Path:
-        path = self._folder / f"nonfinite_step{seen.step:08d}_rank{self._rank}.json"
+    def _describe(self, folder: Path, seen: _Step, total: float) -> Path:
+        path = folder / f"nonfinite_step{seen.step:08d}_rank{self._rank}.json"
         epoch, step_in_epoch = divmod(seen.step - 1, len(self._plan))
         norms = dict(zip(self._names, seen.norms.tolist(), strict=True))
         write_json(

@@ -1,15 +1,41 @@
-"""Out of memory: a message that says what to change."""
+"""How much memory there is and was taken; and when it is full, a message that says what to change."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 
 class OutOfMemoryError(ValueError):
     """The device's memory does not hold a step."""
+
+
+def device_peak(device: torch.device) -> int:
+    """Return the most bytes of a GPU that torch has held so far; 0 for a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def host_peak() -> int | None:
+    """Return the most bytes of main memory that this process has held so far; None where Python does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def host_memory() -> tuple[int, int | None]:
+    """Return the bytes of main memory, and of it what programs can have now, where the system tells (Linux)."""
+    available = None
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available
 
 
 @contextlib.contextmanager

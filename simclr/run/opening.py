@@ -85,6 +85,8 @@ def open_run(
     peers: Peers,
     update: Callable[[Run, Tensor], tuple[Tensor, ...]],
     images_on: torch.device | None = None,
+    *,
+    is_dry: bool = False,
 ) -> Iterator[Run]:
     """Open a run, new or to be continued, ready for its next step; while it is open, its folder is locked.
 
@@ -93,6 +95,7 @@ def open_run(
         peers: The other processes of it.
         update: Takes a step on views: see :attr:`Run.update`.
         images_on: Where images that are kept in memory lie; by default where the step runs.
+        is_dry: Whether the folder is neither made nor locked nor written to, and nothing is told to a tracker.
 
     Raises:
         ValueError: If configuration, data, devices and an earlier run in the folder do not fit together.
@@ -104,6 +107,7 @@ def open_run(
     config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
+    writes = is_main and not is_dry
     kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
     with open_images(config.data, backend=config.speed.loader, device=images_on or accelerator.device) as source:
         size = image_size(source.facts, config.data)
@@ -126,14 +130,15 @@ def open_run(
             raise CheckpointError(
                 f"resume is must, but there is no {config.folder}; use --resume auto to start a new run"
             )
-        with runlog.locked(config.folder, is_main=is_main) as lock:
+        with runlog.locked(config.folder, is_main=writes) as lock:
             progress = resume(config, derived, source.facts, plain_model, optimizer, accelerator)
             if is_main:
                 say_start(config, derived, source, feed, way, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
+            if writes:
                 write_manifest(config, derived, source, feed, accelerator, progress)
-            started = (runlog.read_manifest(config.folder) or {"sessions": [{}]})["sessions"][0] if is_main else {}
+            started = (runlog.read_manifest(config.folder) or {"sessions": [{}]})["sessions"][0] if writes else {}
             # Which images this rank reads at each step
             plan = EpochPlan(
                 validation_split(derived.num_images, 0)[0],
@@ -144,17 +149,19 @@ def open_run(
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
-                tracked(accelerator, config, started.get("environment", {}).get("date", "")),
+                contextlib.nullcontext()
+                if is_dry
+                else tracked(accelerator, config, started.get("environment", {}).get("date", "")),
                 Status(
                     config.folder,
-                    is_main=is_main,
+                    is_main=writes,
                     step=progress.step,
                     total_steps=derived.total_steps,
                     is_ours=lock.is_held,
                 ) as status,
                 RunLog(
                     config.folder,
-                    is_main=is_main,
+                    is_main=writes,
                     total_steps=derived.total_steps,
                     first_step=progress.step,
                     track=accelerator.log,
@@ -179,7 +186,14 @@ def open_run(
                     model=model,
                     plain_model=plain_model,
                     optimizer=optimizer,
-                    guard=Guard(plain_model, optimizer, accelerator.scaler, config.on_nonfinite, config.folder, plan),
+                    guard=Guard(
+                        plain_model,
+                        optimizer,
+                        accelerator.scaler,
+                        config.on_nonfinite,
+                        None if is_dry else config.folder,
+                        plan,
+                    ),
                     update=update,
                     way=way,
                     progress=progress,

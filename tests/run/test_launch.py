@@ -452,11 +452,11 @@ def is_another_run(case: str, rank: int) -> None:
     """Rank 1 is started by another command than rank 0."""
     main = train_simclr.main
 
-    def changed(config: TrainConfig, signals: Signals | None = None) -> Path:
+    def changed(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = False) -> Path:
         settings = {**OTHER_RUNS[case][0]}
         if "data" in settings:
             settings["data"] = config.data.with_name(f"{settings['data']}.beton")
-        return main(dataclasses.replace(config, **settings) if rank == 1 else config, signals)
+        return main(dataclasses.replace(config, **settings) if rank == 1 else config, signals, is_dry=is_dry)
 
     train_simclr.main = changed
 

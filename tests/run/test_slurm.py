@@ -73,7 +73,9 @@ class Job:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def submit(self, script: list[str], name: str = "run", **variables: str) -> tuple[int, str]:
+    def submit(
+        self, script: list[str], name: str = "run", options: tuple[str, ...] = (), **variables: str
+    ) -> tuple[int, str]:
         """Run the job until it ends by itself; return its exit status and all output. A killed job is started again."""
         bin_folder = self.folder / "venv" / "bin"
         bin_folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ class Job:
         output = ""
         for restart in range(10):
             result = subprocess.run(
-                ["bash", str(JOBS / "pretrain.sbatch"), str(self.folder / name), str(self.images), "demo"],
+                ["bash", str(JOBS / "pretrain.sbatch"), str(self.folder / name), str(self.images), "demo", *options],
                 cwd=ROOT,
                 env=env | {"SLURM_RESTART_COUNT": str(restart)} if restart else env,
                 stdout=subprocess.PIPE,
@@ -208,6 +210,14 @@ def test_a_task_of_an_array_has_its_own_seed_and_folder(job: Job) -> None:
     assert returned == 0, output
     expected = f"train_simclr.py demo --data {job.images} --output {job.run}-3 --world-size 1 --seed 3"
     assert expected in output
+
+
+@needs_bash
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_dry_run_is_started_once_and_ends_the_job_as_it_ended(job: Job, status: int) -> None:
+    returned, output = job.submit([f'echo "$*"; exit {status}'], options=("--dry-run", "--seed", "1"))
+    assert (returned, job.notes) == (status, [T]), output
+    assert f"train_simclr.py demo --data {job.images} --output {job.run} --world-size 1 --dry-run --seed 1" in output
 
 
 # --------------------------------------------------------------------------------------------------- a real SLURM
