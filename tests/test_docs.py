@@ -33,7 +33,7 @@ def test_every_page_is_found_from_the_index() -> None:
     assert pages - {link.resolve() for link in links(INDEX)} == set()
 
 
-@pytest.mark.parametrize("page", ["docs/README.md", "docs/larger_images.md"])
+@pytest.mark.parametrize("page", ["docs/README.md", "docs/assignment.md", "docs/larger_images.md"])
 def test_commands_are_understood(page: str) -> None:
     """Each command of training and of the probe is read as it stands, placeholders aside."""
     text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text(encoding="utf-8"))
