@@ -1,4 +1,4 @@
-"""notebooks/assignment.ipynb runs and its asserts hold; what is committed of it, and what docs/assignment.md states, is true."""
+"""notebooks/assignment.ipynb runs and its asserts hold; what is committed of it and its page is true."""
 
 from __future__ import annotations
 
