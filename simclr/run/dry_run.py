@@ -179,7 +179,9 @@ def memory_lines(run: Run) -> list[str]:
     if None not in here:
         total_host, available = memory.host_memory()
         free = f", of which {gib(available)} are available now" if available is not None else ""
-        each = f"{gib(max(here))} at the peak of {'this process' if len(here) == 1 else 'a process'}"
+        # On a CPU freed memory is kept and falls into pieces: 2.4 GiB here were 4.1 after 720 steps of cpu-imagenette
+        more = " after these steps, and more in a long run" if device.type == "cpu" else ""
+        each = f"{gib(max(here))} at the peak of {'this process' if len(here) == 1 else 'a process'}{more}"
         together = f", {gib(sum(here))} of all {len(here)} on this machine" if len(here) > 1 else ""
         lines.append(f"of the host: {each}{together}; it has {gib(total_host)}{free}")
     return lines
