@@ -216,7 +216,7 @@ _PRESETS = (
         dataclasses.replace(_CPU_BARLOW, name="cpu-barlow"),
     ),
     Preset(
-        "own, for 2 CPU cores and 64-pixel images of Imagenette: the recipe of cpu-simclr with larger views, the first try",
+        "own, for 2 CPU cores and 64-pixel images of Imagenette: cpu-simclr with larger views, the first try",
         "Imagenette (128-pixel copy, at 64), test set, seed 0, 28 processor minutes: kNN 68.5 %, linear 77.6 %",
         dataclasses.replace(_CPU_IMAGENETTE, name="cpu-imagenette"),
     ),
