@@ -137,25 +137,30 @@ def features_of(probe: Probe, encoder: nn.Module, source: ImageSource, size: int
     )
 
 
-def training_features(probe: Probe, encoder: nn.Module) -> tuple[Features, int]:
-    """Return the training images' representations and the side they are read at: the best for kNN on validation."""
-    tried = []
-    for size in probe.config.image_sizes or (probe.train.facts.height,):
+def training_features(probe: Probe, encoder: nn.Module) -> tuple[Features, int, float]:
+    """Return the training images' representations, the side they are read at, and its validation kNN accuracy.
+
+    The side is the one with the highest such accuracy; of equal ones, the first.
+    """
+
+    def read(size: int) -> tuple[Features, int, float]:
         features = features_of(probe, encoder, probe.train, size)
-        tried.append((knn_validation(probe, features), features, size))
+        accuracy = knn_validation(probe, features)
         if len(probe.config.image_sizes) > 1:
-            print(f"  read at {size} pixels: validation kNN {tried[-1][0]:.2f} %", flush=True)
-    _, best, size = max(tried, key=lambda one: one[0])
-    return best, size
+            print(f"  read at {size} pixels: validation kNN {accuracy:.2f} %", flush=True)
+        return features, size, accuracy
+
+    # max holds two sides' features at a time
+    return max(map(read, probe.config.image_sizes or (probe.train.facts.height,)), key=lambda one: one[2])
 
 
 def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
     """Measure an encoder: kNN, and a classifier that is chosen, fitted on all labelled images, and tested."""
     started, config, facts = time.perf_counter(), probe.config, probe.train.facts
     with evaluation.frozen(encoder) as sha256:
-        train, size = training_features(probe, encoder)
+        train, size, on_validation = training_features(probe, encoder)
         test = features_of(probe, encoder, probe.test, size)
-        knn = measure_knn(probe, train, test)
+        knn = on_validation, knn_accuracy(probe, train, test)
         width = train.representation.shape[1]
         if config.mode == "linear":
             batches_of = stored_images(probe, train) if config.features == "cached" else new_views(probe, encoder)
@@ -171,11 +176,6 @@ def measure_encoder(probe: Probe, name: str, encoder: nn.Module) -> Measured:
     row = Row(name, width, *knn, fitted.scores, time.perf_counter() - started, size)
     say_row(row)
     return Measured(row, classifier, fitted, confusion, sha256 if config.mode == "linear" else None, train, test)
-
-
-def measure_knn(probe: Probe, train: Features, test: Features) -> tuple[float, float]:
-    """Return kNN accuracy on the validation images (bank: those to fit) and on the test images (bank: both)."""
-    return knn_validation(probe, train), knn_accuracy(probe, train, test)
 
 
 def knn_validation(probe: Probe, train: Features) -> float:
@@ -328,7 +328,7 @@ def measure_pixels(probe: Probe) -> Row:
     test = evaluation.raw_pixel_features(
         probe.test, probe.images(probe.test), normalisation=normalisation, centre=centre
     )
-    knn = measure_knn(probe, train, test)
+    knn = knn_validation(probe, train), knn_accuracy(probe, train, test)
     scores = None
     if probe.config.mode == "linear":  # there is nothing to fine-tune in pixels
         classifiers = linear_classifiers(probe, nn.Identity(), train, test, stored_images(probe, train))
