@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import distributed, evaluation, losses
-from simclr.command_line import parse_train_config
+from simclr.command_line import load_parts, parse_train_config
 from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
@@ -302,7 +302,10 @@ def cli() -> None:
     try:
         is_dry, words = dry_run.take_option(sys.argv[1:])
         source, words = repeating.take_option(words)
-        start = None if source is None else repeating.config_to_repeat(source)
+        start = None
+        if source is not None:
+            load_parts(words)  # before the names in the other run's settings are read
+            start = repeating.config_to_repeat(source)
         config = parse_train_config(words, description=__doc__, start=start)
         if source is not None:
             repeating.require_same_images(source, config)

@@ -114,7 +114,7 @@ def parse_train_config(
         print(f"{option} {_CHANGED_OPTIONS[option]}", file=sys.stderr)
         sys.exit(2)
     try:
-        _load_parts(words)
+        load_parts(words)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -174,8 +174,14 @@ def _show_help(
     sys.exit(0)
 
 
-def _load_parts(words: Sequence[str]) -> None:
-    """Execute the file of ``--parts``, so that the names in the other options are known."""
+def load_parts(words: Sequence[str]) -> None:
+    """Execute the file of ``--parts``, so that the names in the other options are known.
+
+    :func:`parse_train_config` does so itself, unless it is given where to start.
+
+    Raises:
+        ValueError: As :func:`simclr.parts.load`.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--parts")
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train_simclr
-from simclr import beton
+from simclr import beton, parts
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.run import repeating
@@ -79,6 +79,29 @@ def test_one_setting_is_changed_and_said(
     assert not is_equal(weights(other), weights(first))
     said = capsys.readouterr().out
     assert f"repeat:     {first.folder}, but for what may change its numbers: seed was 7 and is 8" in said
+
+
+def test_a_run_with_parts_of_its_own_is_repeated_if_they_are_named(
+    first: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parts, "_loaded", {})
+    monkeypatch.setattr(parts.OBJECTIVES, "_own", {})
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from simclr.parts import register_objective\n\n\n"
+        "@register_objective\ndef far_apart(z1, z2):\n    return -(z1 - z2).square().mean()\n"
+    )
+    folder = changed(first, tmp_path / "with_parts")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["config"] |= {"parts": str(own), "parts_sha256": parts.sha256_of(own)}
+    manifest["config"]["loss"]["name"] = "far_apart"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match="name that file with --parts"):
+        repeat(monkeypatch, "--repeat", folder)
+    repeat(monkeypatch, "--repeat", folder, "--parts", own)
+    (metrics,) = (tmp_path / "results").glob("*/metrics.jsonl")
+    assert '"loss": -' in metrics.read_text()  # the other objectives are not negative
 
 
 def changed(first: TrainConfig, folder: Path, **changes: Any) -> Path:
