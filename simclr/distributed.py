@@ -74,14 +74,6 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(gradients[0])
 
 
-class _ReplicatedSum(_SumOverRanks):
-    """The same sum; the backward pass hands on a gradient that all ranks share."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
 class _SharedGradient(torch.autograd.Function):
     """The identity; the backward pass sums the gradient over ranks."""
 
@@ -174,22 +166,11 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return largest
 
 
-def replicated_sum(values: Tensor) -> Tensor:
-    """As :func:`sum_over_ranks`, for a calculation that every rank makes alike and ends in :func:`shared_gradient`.
-
-    The backward pass then needs no communication here: every rank has the same gradient.
-    """
-    if world_size() == 1:
-        return values
-    total: Tensor = _ReplicatedSum.apply(values)
-    return total
-
-
 def shared_gradient(value: Tensor) -> Tensor:
     """Return ``value``, the same on every rank; what the ranks' losses ask of it is summed over ranks, once, here.
 
-    With ``replicated_sum`` before it, the gradients are those of ``sum_over_ranks``, for the communication of one
-    number. Collective in the backward pass.
+    So what comes before it, which every rank makes alike, needs no communication in its backward pass. Collective in
+    the backward pass.
     """
     if world_size() == 1:
         return value

@@ -241,7 +241,7 @@ class _BarlowTwins(torch.autograd.Function):
     def forward(ctx: Any, z1: Tensor, z2: Tensor, n: int, weight: float, centre: bool) -> Tensor:
         (y1, y2), scale, is_constant = _centred((z1, z2), n, centre)
         squares = [torch.stack([block.square().sum(dim=0) for block in _blocks(y)]).sum(dim=0) for y in (y1, y2)]
-        products = distributed.replicated_sum(torch.cat([y1.T @ y2, torch.stack(squares)]))
+        products = distributed.sum_over_ranks(torch.cat([y1.T @ y2, torch.stack(squares)]))
         inverse = products[-2:].masked_fill(is_constant, torch.inf).rsqrt()  # of infinity: 0, and no gradient
         correlation = products[:-2].mul_(inverse[0, :, None]).mul_(inverse[1])
         diagonal = correlation.diagonal().clone()
@@ -293,7 +293,7 @@ def _centred(z: tuple[Tensor, Tensor], n: int, centre: bool) -> tuple[list[Tenso
                 total += _row_sum(out)
         sums.append(total)
     if centre:
-        mean = distributed.replicated_sum(torch.stack(sums)).div_(n).to(y[0].dtype)
+        mean = distributed.sum_over_ranks(torch.stack(sums)).div_(n).to(y[0].dtype)
         for i, view in enumerate(y):
             for block in _blocks(view):
                 block -= mean[i]

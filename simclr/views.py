@@ -392,10 +392,16 @@ def size_at(view_stages: Sequence[tuple[int, int]], epoch: int, stored: int) -> 
     return stored
 
 
+def whole_stages(view_stages: Sequence[tuple[int, int]], stored: int, epochs: int) -> list[tuple[int, int]]:
+    """Return sides and the epochs that each holds for, with the epochs that are left at the stored images' side."""
+    left = epochs - sum(length for _, length in view_stages)
+    return [(side, length) for side, length in (*view_stages, (stored, left)) if length]
+
+
 def say_view_stages(view_stages: Sequence[tuple[int, int]], stored: int, epochs: int) -> str:
-    """Return them in words; views of the ``epochs`` that are left have the stored images' side."""
-    stages = [*view_stages, (stored, epochs - sum(length for _, length in view_stages))]
-    return ", then ".join(f"{side} pixels for {length} epochs" for side, length in stages if length)
+    """Return :func:`whole_stages` in words."""
+    stages = whole_stages(view_stages, stored, epochs)
+    return ", then ".join(f"{side} pixels for {length} epochs" for side, length in stages)
 
 
 def two_views(

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from simclr import templates
 from simclr.evaluation import combined_sha256, fingerprint
 from simclr.export.timm_alone import TimmAlone
 from simclr.run import runlog
@@ -81,16 +81,9 @@ def render(
     others: list[Measured] = []
     for probe in _probes(run):
         (probes if _is_of(probe, pretrained) else others).append(probe)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {"percent": lambda value: "–" if value is None else f"{value:.2f}", "count": "{:,}".format}
-    text = templates.get_template("model_card.jinja").render(
+    return templates.render(
+        Path(__file__).with_name("model_card.jinja"),
+        {},
         alone=alone,
         files=files,
         about=config["simclr"],
@@ -107,7 +100,6 @@ def render(
         describe=describe,
         view_stages=say_view_stages(pretrained.config.view_stages, pretrained.facts.height, pretrained.config.epochs),
     )
-    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _probes(run: Path) -> Iterator[Measured]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from simclr import templates
 from simclr.beton import Facts
 from simclr.report.figures import Panel
 from simclr.report.health import say_duration
@@ -48,32 +47,17 @@ def render(template: str, markup: str, **values: Any) -> str:
         markup: The file with the macros: "markdown.jinja" or "html.jinja".
         **values: What the template takes.
     """
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the macros of html.jinja escape, by the filter inline
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "count": "{:,}".format,
+    filters: dict[str, Callable[..., Any]] = {
         "g": "{:g}".format,
         "inline": _inline,
         "one_line": lambda text: " ".join(text.split()),
         "items_of": lambda text: [" ".join(item.split()) for item in re.split(r"(?m)^- ", text)[1:]],
-        "percent": percent,
         "storage": _storage,
         "duration": say_duration,
         "embedded": lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
         "range": lambda counts: " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})),
     }
-    text = templates.get_template(template).render(markup=markup, **values)
-    return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
-
-
-def percent(value: float | None) -> str:
-    """Return an accuracy as tables have it."""
-    return "–" if value is None else f"{value:.2f}"
+    return templates.render(Path(__file__).with_name(template), filters, markup=markup, **values).strip() + "\n"
 
 
 def _write(path: Path, content: bytes) -> None:

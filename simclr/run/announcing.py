@@ -102,8 +102,12 @@ def write_manifest(
     feed: ViewFeed,
     accelerator: Accelerator,
     progress: Progress,
-) -> None:
-    """Write manifest.json: what the result depends on, and the sessions that made it; and a copy of own parts."""
+) -> str:
+    """Write manifest.json: what the result depends on, and the sessions that made it; and a copy of own parts.
+
+    Returns:
+        When the first session began; empty if an earlier version did not write it.
+    """
     path = config.folder / runlog.MANIFEST
     if config.parts_sha256:
         with checkpoint.whole_file(config.folder / checkpoint.PARTS) as file:
@@ -118,12 +122,15 @@ def write_manifest(
         "views": f"{feed.method}: {feed.reason}",
     }
     before = runlog.read_manifest(config.folder) if progress.step else None
+    sessions = [*(before or {}).get("sessions", []), session]
     runlog.write_json(
         path,
         {
             **session,
             "config": json.loads(to_json(config)),
             "facts": json.loads(to_json(source.facts)),
-            "sessions": [*(before or {}).get("sessions", []), session],
+            "sessions": sessions,
         },
     )
+    begun: str = sessions[0].get("environment", {}).get("date", "")
+    return begun

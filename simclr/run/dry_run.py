@@ -26,6 +26,7 @@ from simclr.run import memory
 from simclr.run.devices import forward_dtype
 from simclr.run.interruption import Interrupted
 from simclr.run.opening import Run
+from simclr.views import whole_stages
 
 OPTION = "--dry-run"
 SECONDS_FOR_A_SIDE = 5.0
@@ -55,10 +56,9 @@ class Stage(NamedTuple):
 
 def stages_left(config: TrainConfig, derived: Derived, stored_side: int, step: int) -> list[Stage]:
     """Return the stages of a run with the steps of each that are left after ``step``; those with none are left out."""
-    smaller = sum(epochs for _, epochs in config.view_stages)
     stages, first = [], 0
     stop = min(config.stop_at_step or derived.total_steps, derived.total_steps)
-    for side, epochs in (*config.view_stages, (stored_side, config.epochs - smaller)):
+    for side, epochs in whole_stages(config.view_stages, stored_side, config.epochs):
         begin, end = first * derived.steps_per_epoch, (first + epochs) * derived.steps_per_epoch
         num_steps = min(end, stop) - max(begin, step)
         if num_steps > 0:
@@ -177,13 +177,13 @@ def memory_lines(run: Run) -> list[str]:
         lines.append(f"of the GPU: {gib(most)} of {gib(total)} at the peak{', the fullest rank' * (len(places) > 1)}")
     here = [of_host for host, of_host, _ in places if host == socket.gethostname()]
     if None not in here:
-        total_host, available = memory.host_memory()
+        available = memory.host_available()
         free = f", of which {gib(available)} are available now" if available is not None else ""
         # On a CPU freed memory is kept and falls into pieces: 2.4 GiB here were 4.1 after 720 steps of cpu-imagenette
         more = " after these steps, and more in a long run" if device.type == "cpu" else ""
         each = f"{gib(max(here))} at the peak of {'this process' if len(here) == 1 else 'a process'}{more}"
         together = f", {gib(sum(here))} of all {len(here)} on this machine" if len(here) > 1 else ""
-        lines.append(f"of the host: {each}{together}; it has {gib(total_host)}{free}")
+        lines.append(f"of the host: {each}{together}; it has {gib(memory.host_memory())}{free}")
     return lines
 
 

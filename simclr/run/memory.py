@@ -29,13 +29,17 @@ def host_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def host_memory() -> tuple[int, int | None]:
-    """Return the bytes of main memory, and of it what programs can have now, where the system tells (Linux)."""
-    available = None
+def host_memory() -> int:
+    """Return the bytes of main memory. Raises OSError, ValueError or AttributeError where the system does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_available() -> int | None:
+    """Return the bytes of main memory that programs can have now, where the system tells (Linux)."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return None
 
 
 @contextlib.contextmanager

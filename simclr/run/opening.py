@@ -33,6 +33,7 @@ from simclr.run.finite import Guard
 from simclr.run.peers import Peers
 from simclr.run.resuming import Progress, resume
 from simclr.run.runlog import RunLog, Status
+from simclr.views import whole_stages
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,9 +137,7 @@ def open_run(
                 say_start(config, derived, source, feed, way, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
-            if writes:
-                write_manifest(config, derived, source, feed, accelerator, progress)
-            started = (runlog.read_manifest(config.folder) or {"sessions": [{}]})["sessions"][0] if writes else {}
+            begun = write_manifest(config, derived, source, feed, accelerator, progress) if writes else ""
             # Which images this rank reads at each step
             plan = EpochPlan(
                 validation_split(derived.num_images, 0)[0],
@@ -149,9 +148,7 @@ def open_run(
             )
             # The inner ones end first: what is on its way to the disk is written before the status says how it ended.
             with (
-                contextlib.nullcontext()
-                if is_dry
-                else tracked(accelerator, config, started.get("environment", {}).get("date", "")),
+                contextlib.nullcontext() if is_dry else tracked(accelerator, config, begun),
                 Status(
                     config.folder,
                     is_main=writes,
@@ -223,8 +220,7 @@ def require_same_start(run: Run) -> None:
 
 def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator, feed: ViewFeed) -> Way:
     """Return how the steps of a run are computed; raise a ValueError if it cannot be done as configured."""
-    smaller = sum(epochs for _, epochs in config.view_stages)
-    longest = max([*(epochs for _, epochs in config.view_stages), config.epochs - smaller])
+    longest = max(epochs for _, epochs in whole_stages(config.view_stages, feed.source.facts.height, config.epochs))
     return choose_way(
         config.speed.compile,
         device=accelerator.device,

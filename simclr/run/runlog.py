@@ -35,6 +35,7 @@ from tqdm import tqdm
 from simclr.run import files
 from simclr.run.host import outlive_readers, usable_cores
 from simclr.run.interruption import Interrupted
+from simclr.run.memory import host_memory
 
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
@@ -93,7 +94,7 @@ def hardware() -> str:
     cores = usable_cores()
     memory = ""
     with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        memory = f", {host_memory() / 2**30:.0f} GiB"
     return f"{cores} cores of {_cpu_name()}{memory}"
 
 
