@@ -27,6 +27,7 @@ from torchvision import datasets
 
 import linear_probe
 from data_prep import __main__ as data_prep
+from data_prep import torchvision_sets
 from simclr import beton
 from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
@@ -433,7 +434,12 @@ def test_no_file_of_cifar_is_unpickled_that_is_not_the_published_one(
     assert victim.exists()  # it would have
 
 
-def test_archives_do_not_write_outside_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_filter", [True, False])
+def test_archives_do_not_write_outside_their_folder(
+    has_filter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_filter and hasattr(tarfile, "data_filter"):  # as Pythons before 3.11.4 unpack
+        monkeypatch.setattr(torchvision_sets, "_FILTER", {"filter": "fully_trusted"})
     root = tmp_path / "root"
     root.mkdir()
     archive = root / datasets.CIFAR10.filename
