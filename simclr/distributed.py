@@ -213,13 +213,11 @@ class SideChannel:
 
     def __init__(self, timeout: datetime.timedelta) -> None:
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
-        self._timeout = timeout
         self._vote: tuple[Tensor, Any] | None = None
         self.set_timeout(timeout)
 
     def set_timeout(self, timeout: datetime.timedelta) -> None:
         """Change the timeout, of training's collectives too."""
-        self._timeout = timeout
         if self._group is not None:
             # torch 2.14 has a public name for it.
             change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
@@ -227,9 +225,13 @@ class SideChannel:
                 change(timeout, group)
 
     def meet(self) -> None:
-        """Wait until all ranks have come. Raises RuntimeError, on rank 0 naming those that have not."""
+        """Wait until all ranks have come. Raises RuntimeError after the timeout, on every rank.
+
+        Not by torch's ``monitored_barrier``: there only rank 0 gives up, and the others wait for ever for a rank 0
+        that stands still.
+        """
         if self._group is not None:
-            dist.monitored_barrier(self._group, self._timeout, wait_all_ranks=True)
+            dist.all_reduce(torch.zeros(1), group=self._group)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value (numbers, text, dicts of them), in rank order."""
@@ -270,7 +272,7 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective call failed because another rank has died, or did not come in time."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "monitoredBarrier"))
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 # The number of rows that all ranks held at the last check, per process group. On CUDA, reading the others' counts
