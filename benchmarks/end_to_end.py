@@ -39,7 +39,8 @@ from benchmarks.pipeline import lightly_transform, torchvision_transform
 from benchmarks.step import Loss, give_back_freed_memory, masked_nt_xent, open_run, plain_step
 from data_prep import shapes
 from data_prep.convert import Storage, convert
-from data_prep.image_folder import image_folder, scan
+from data_prep.find import find_one_split
+from data_prep.image_folder import image_folder
 from simclr.beton import Facts
 from simclr.config import TrainConfig, derive
 from simclr.models import SimCLR
@@ -115,7 +116,7 @@ def draw_images(root: Path, number: int) -> Path:
 
 def take(images: Path, folder: Path, number: int | None) -> Path:
     """Return a folder with ``number`` of the images, as links, after reading them once."""
-    tree = scan(images)
+    tree = find_one_split(images)
     which = np.arange(len(tree.paths))
     if number is not None:
         which = which[np.linspace(0, len(which) - 1, min(number, len(which))).astype(int)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.convert import ConversionError
-from data_prep.read_image import readable_suffixes, way_out
+from data_prep.read_image import advice_for, readable_suffixes
 
 SPLITS = {
     "train": ("train", "training"),
@@ -65,7 +65,7 @@ class Tree:
         """
         labels = self.labels[np.array([path not in bad for path in self.paths])]
         if lost := sorted(set(self.labels.tolist()) - set(labels.tolist())):
-            which = f" of class {some(self.classes[label] for label in lost)}" if self.classes else ""
+            which = f" of class {quoted(self.classes[label] for label in lost)}" if self.classes else ""
             raise ConversionError(f"{self.description}: not one image{which} is readable. Repair or remove them")
         return replace(self, paths=tuple(path for path in self.paths if path not in bad), labels=labels)
 
@@ -134,9 +134,21 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         names = tuple(map(as_text, classes)) if (labels >= 0).any() else ()
         found.splits[split] = Tree(described[split], names, paths, labels)
     if escaped := [as_text(label) for label in classes if as_text(label) != label]:
-        found.remarks.append(f"stored with escapes, as the names are not UTF-8: {some(escaped)}")
+        found.remarks.append(f"stored with escapes, as the names are not UTF-8: {quoted(escaped)}")
     _remark(found)
     return found
+
+
+def find_one_split(root: Path) -> Tree:
+    """Return the images of a folder that is one split.
+
+    Raises:
+        ConversionError: As ``find``; or if it holds several splits.
+    """
+    splits = find(root).splits
+    if len(splits) > 1:
+        raise ConversionError(f"{root} holds the splits {', '.join(splits)}; name one of them")
+    return next(iter(splits.values()))
 
 
 def all_images(root: Path) -> tuple[list[str], Found]:
@@ -169,7 +181,7 @@ def _common_classes(root: Path, rows: list[_Row]) -> list[str]:
     for split in others:
         if only := sorted(of_split[first] ^ of_split[split]):
             raise ConversionError(
-                f"{root}: the classes of {first} and {split} differ: {some(only)} in one only. Images whose labels "
+                f"{root}: the classes of {first} and {split} differ: {quoted(only)} in one only. Images whose labels "
                 "are not to be used can be in a split called unlabeled"
             )
     return sorted(of_split[first])
@@ -201,7 +213,7 @@ def _draw_test(rows: list[_Row], fraction: float, described: dict[str, str], fou
     if not 0 < fraction < 1:
         raise ConversionError(f"--test-fraction must lie between 0 and 1, got {fraction}")
     if "test" in described or ("train" not in described and len(described) > 1):
-        raise ConversionError(f"--test-fraction draws test images from training images; found {some(described)}")
+        raise ConversionError(f"--test-fraction draws test images from training images; found {quoted(described)}")
     source = "train" if "train" in described else next(iter(described))
     of_class: dict[str | None, list[_Row]] = defaultdict(list)
     for row in rows:
@@ -279,7 +291,7 @@ def _walk(root: Path, found: Found) -> _Walk:
             else:
                 walk.others.append((parts, entry.name))
     for _, name in walk.others:
-        found.left_out[way_out(_suffix(name)) or _NO_IMAGES, as_text(_suffix(name)) or "no suffix"] += 1
+        found.left_out[advice_for(_suffix(name)) or _NO_IMAGES, as_text(_suffix(name)) or "no suffix"] += 1
     return walk
 
 
@@ -318,19 +330,19 @@ def _splits_among(root: Path, walk: _Walk, found: Found) -> dict[str, str]:
     alike = [name for name in others if _LIKE_SPLITS.intersection(re.findall("[a-z]+", name.lower()))]
     usual = f"Splits are folders called {', '.join(_SPLIT_OF)}. Rename it, or list the images in a .csv (see --help)"
     if alike and (splits or alike == others):
-        raise ConversionError(f"{as_text(root)}: {some(alike)} looks like a split, but has no usual name. {usual}")
+        raise ConversionError(f"{as_text(root)}: {quoted(alike)} looks like a split, but has no usual name. {usual}")
     if len(set(splits.values())) < len(splits):
-        raise ConversionError(f"{as_text(root)}: two of {some(splits)} are the same split. Merge or remove one")
+        raise ConversionError(f"{as_text(root)}: two of {quoted(splits)} are the same split. Merge or remove one")
     if len(splits) == 1 and others:
         (name,) = splits
         if name.lower() != "train" or any(len(parts) > 1 for parts in walk.folders if parts[:1] == (name,)):
             raise ConversionError(
-                f"{as_text(root)}: {name!r} may be a split, or a class like {some(others)} beside it. {usual}"
+                f"{as_text(root)}: {name!r} may be a split, or a class like {quoted(others)} beside it. {usual}"
             )
         alike, splits = [name], {}  # the vehicle
     if not splits:
         if alike:
-            found.remarks.append(f"taken for classes, though called like splits: {some(alike)}")
+            found.remarks.append(f"taken for classes, though called like splits: {quoted(alike)}")
         return {}
     if "train" not in splits.values():
         raise ConversionError(
@@ -375,18 +387,18 @@ def _check_classes(folder: Path, walk: _Walk, place: tuple[str, ...], in_class: 
     below = sorted(parts[len(place) :] for parts in walk.folders if parts[: len(place)] == place)
     if empty := [parts[0] for parts in below if len(parts) == 1 and not in_class[parts[0]]]:
         there = _what_is_there([other for other in walk.others if other[0][: len(place) + 1] == (*place, empty[0])])
-        raise ConversionError(f"{as_text(folder)}: no images in class {some(empty)}. {there}")
+        raise ConversionError(f"{as_text(folder)}: no images in class {quoted(empty)}. {there}")
     if splits := [parts for parts in below if len(parts) == 2 and parts[1].lower() in _SPLIT_OF]:
         raise ConversionError(
-            f"{as_text(folder)}: {some('/'.join(parts) for parts in splits)} looks like a split inside of a class. If "
-            f"the splits are meant: --root {as_text(folder / splits[0][0])}. Otherwise list the images in a .csv"
+            f"{as_text(folder)}: {quoted('/'.join(parts) for parts in splits)} looks like a split inside of a class. "
+            f"If the splits are meant: --root {as_text(folder / splits[0][0])}. Otherwise list the images in a .csv"
         )
 
 
 def _what_is_there(others: list[tuple[tuple[str, ...], str]]) -> str:
     kinds = Counter(_suffix(name) for _, name in others)
     there = ", ".join(f"{as_text(suffix) or 'no suffix'} {n:,}" for suffix, n in kinds.most_common(_MOST_NAMED))
-    ways = {way for suffix in kinds if (way := way_out(suffix))}
+    ways = {way for suffix in kinds if (way := advice_for(suffix))}
     return "; ".join([f"Add images or remove the folder; it holds {there or 'no files'}", *sorted(ways)])
 
 
@@ -407,11 +419,11 @@ def _rows_of_list(file: Path, found: Found) -> list[_Row]:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
         if "path" not in reader.fieldnames:
             raise ConversionError(
-                f"{file}: no column 'path', only {some(map(as_text, reader.fieldnames))}. Its first line should name "
+                f"{file}: no column 'path', only {quoted(map(as_text, reader.fieldnames))}. Its first line should name "
                 "the columns: path, and label and split if there are any"
             )
         if others := [name for name in reader.fieldnames if name not in ("path", "label", "split")]:
-            found.remarks.append(f"columns that are not read: {some(others)}; those that are: path, label, split")
+            found.remarks.append(f"columns that are not read: {quoted(others)}; those that are: path, label, split")
         for cells in reader:
             path, label, split = cells["path"], cells.get("label"), (cells.get("split") or "").strip().lower()
             line = lines.setdefault(path, reader.line_num)
@@ -441,7 +453,7 @@ def as_text(name: str | Path) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def some(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Return the first ten names, for a message."""
     names = [f"'{as_text(name)}'" for name in names]
     rest = len(names) - _MOST_NAMED

@@ -21,8 +21,8 @@ from data_prep.convert import (
     convert_all,
     map_in_order,
 )
-from data_prep.find import Found, Tree, as_text, find
-from data_prep.read_image import Loaded, load
+from data_prep.find import Found, Tree, as_text, find_one_split
+from data_prep.read_image import Loaded, read_image
 from simclr.run.host import usable_cores
 
 UNREADABLE = "unreadable-images.txt"
@@ -66,12 +66,12 @@ def convert_found(
             reasons |= error.reasons
             list_unreadable(reasons, list_path)
             if unreadable == "refuse":
-                raise ConversionError(refusal(reasons, list_path)) from error
+                raise ConversionError(describe_unreadable(reasons, list_path)) from error
     if reasons:
         found.left_out[f"files that cannot be read, listed in {list_path}", ""] += len(reasons)
     else:
         list_path.unlink(missing_ok=True)  # an earlier attempt's
-    return summary(found, stored, sum((source.changes for source in sources), Counter()))
+    return describe_outcome(found, stored, sum((source.changes for source in sources), Counter()))
 
 
 def image_folder(images: Tree | Path, split: str, resolution: int | None = None) -> Source:
@@ -89,7 +89,7 @@ def image_folder(images: Tree | Path, split: str, resolution: int | None = None)
     """
     if resolution is not None and resolution < 1:
         raise ConversionError(f"--resolution must be at least 1, got {resolution}")
-    tree = scan(images) if isinstance(images, Path) else images
+    tree = find_one_split(images) if isinstance(images, Path) else images
     description = tree.description
     if resolution is not None:
         description += f", shorter side resized to {resolution} (antialiased bicubic), centre-cropped to a square"
@@ -97,24 +97,12 @@ def image_folder(images: Tree | Path, split: str, resolution: int | None = None)
     return source
 
 
-def scan(root: Path) -> Tree:
-    """Return the images of a folder that is one split.
-
-    Raises:
-        ConversionError: As ``find``, or if it holds several splits.
-    """
-    splits = find(root).splits
-    if len(splits) > 1:
-        raise ConversionError(f"{root} holds the splits {', '.join(splits)}; name one of them")
-    return next(iter(splits.values()))
-
-
 def _chunks(tree: Tree, resolution: int | None, source: Source) -> Iterator[Chunk]:
     bad: dict[Path, str] = {}
     size: tuple[int, ...] | None = None
     start = 0
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for results in map_in_order(pool, lambda path: load(path, resolution), tree.paths, _CHUNK):
+        for results in map_in_order(pool, lambda path: read_image(path, resolution), tree.paths, _CHUNK):
             good = []
             for path, result in zip(tree.paths[start : start + len(results)], results, strict=True):
                 if not isinstance(result, Loaded):
@@ -147,7 +135,7 @@ def list_unreadable(reasons: dict[Path, str], file: Path) -> None:
         stream.writelines(f"{path}\t{reason}\n" for path, reason in reasons.items())
 
 
-def refusal(reasons: dict[Path, str], file: Path) -> str:
+def describe_unreadable(reasons: dict[Path, str], file: Path) -> str:
     """Return what is said of files that cannot be read where they are not skipped; ``file`` lists them."""
     lines = "".join(f"\n  {as_text(path)}: {reason}" for path, reason in [*reasons.items()][:_MOST_LISTED])
     more = f"\n  and {len(reasons) - _MOST_LISTED:,} more" if len(reasons) > _MOST_LISTED else ""
@@ -157,7 +145,7 @@ def refusal(reasons: dict[Path, str], file: Path) -> str:
     )
 
 
-def summary(found: Found, stored: list[str], changes: Counter[str]) -> str:
+def describe_outcome(found: Found, stored: list[str], changes: Counter[str]) -> str:
     """Return what was stored, changed and left out, and what else there is to know, for people."""
     names: dict[str, Counter[str]] = defaultdict(Counter)
     for (kind, name), number in found.left_out.items():

@@ -77,12 +77,12 @@ def readable_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in registered.items() if kind in Image.OPEN and kind not in _NOT_BY_ITSELF)
 
 
-def way_out(suffix: str) -> str | None:
+def advice_for(suffix: str) -> str | None:
     """Return what files with this suffix are and how to get images from them; None if that is not known."""
     return _WAY_OUT.get(suffix)
 
 
-def load(path: Path, resolution: int | None) -> Loaded | str:
+def read_image(path: Path, resolution: int | None) -> Loaded | str:
     """Read one file.
 
     Args:
@@ -120,7 +120,7 @@ def load(path: Path, resolution: int | None) -> Loaded | str:
             rgb = resize_and_crop(rgb, resolution)
         return Loaded(np.asarray(rgb), is_lossy, tuple(changes))
     except Exception as error:  # damaged files make Pillow raise nearly anything
-        hint = way_out(path.suffix.lower())
+        hint = advice_for(path.suffix.lower())
         return f"{error or type(error).__name__}" + (f" ({hint})" if hint else "")
 
 

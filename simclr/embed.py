@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from data_prep.convert import map_in_order
 from data_prep.find import Found, all_images, as_text
-from data_prep.image_folder import list_unreadable, refusal, summary
-from data_prep.read_image import Loaded, load
+from data_prep.image_folder import describe_outcome, describe_unreadable, list_unreadable
+from data_prep.read_image import Loaded, read_image
 from simclr import beton, parts
 from simclr.evaluation import DivergedError, combined_sha256, fingerprint
 from simclr.export import WEIGHTS, Encoder, load_encoder, metadata_of
@@ -117,7 +117,8 @@ def main(options: Options) -> Path:
         if reasons:
             list_unreadable(reasons, bad_files)
             if options.unreadable == "refuse":
-                raise ValueError(f"{refusal(reasons, bad_files)}. What the others gave is kept in {partial}")
+                what = describe_unreadable(reasons, bad_files)
+                raise ValueError(f"{what}. What the others gave is kept in {partial}")
             images.found.left_out[f"files that cannot be read, listed in {bad_files}", ""] += len(reasons)
         else:
             bad_files.unlink(missing_ok=True)  # an earlier attempt's
@@ -129,7 +130,7 @@ def main(options: Options) -> Path:
     shutil.rmtree(partial)
     changes = sum((Counter(row.changes) for row in rows), Counter())
     outcome = f"{options.output}: {len(rows):,} images, {job['width']} numbers each"
-    print(summary(images.found, [outcome], changes))
+    print(describe_outcome(images.found, [outcome], changes))
     return options.output
 
 
@@ -168,7 +169,7 @@ def open_folder(folder: Path, encoder: Encoder) -> Images:
     names, found = all_images(folder)
 
     def read(entry: Listed) -> Loaded | str:
-        loaded = load(folder / entry.name, encoder.image_size)
+        loaded = read_image(folder / entry.name, encoder.image_size)
         return as_stored(loaded, encoder) if isinstance(loaded, Loaded) else loaded
 
     return Images([Listed.of(folder, name) for name in names], read, found)

@@ -129,7 +129,8 @@ def cifar10_beton(request: pytest.FixtureRequest, cifar10_jpeg: Path) -> Path:
     They are made by the command that a user would type.
     """
     root = request.config.rootpath
-    code = b"".join(path.read_bytes() for path in [*sorted(root.glob("data_prep/*.py")), root / "simclr" / "beton.py"])
+    sources = [*sorted(root.glob("data_prep/*.py")), *sorted(root.glob("simclr/beton/*.py"))]
+    code = b"".join(path.read_bytes() for path in sources)
     key = hashlib.sha256(CIFAR10_JPEG_SHA256.encode() + code).hexdigest()[:12]
     folder = root / ".cache" / f"cifar10-beton-{key}"
     with _one_at_a_time(folder.parent):
@@ -178,8 +179,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests' models are small, and tests run beside their own subprocesses: threads would wait for each other.
+    # The tests' models are small, and tests run beside others and their own processes: threads would spin while they
+    # wait for each other, in the processes that tests start too.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.stash[_passed] = set()
     config.pluginmanager.register(_Passed(config))
 

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.models import _registry
 from torch import Tensor, nn
 
-from data_prep.read_image import Loaded, load
+from data_prep.read_image import Loaded, read_image
 from simclr.config import TrainConfig, to_json
 from simclr.evaluation import combined_sha256, fingerprint
 from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, _sha256, load_encoder, main
@@ -107,7 +107,7 @@ def expect(folder: Path, encoder: nn.Module, size: int | None = None) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(pixels).save(folder / "photo.jpg", exif=exif)
-    loaded = load(folder / "photo.jpg", FACTS.height)
+    loaded = read_image(folder / "photo.jpg", FACTS.height)
     assert isinstance(loaded, Loaded)
     images = torch.from_numpy(loaded.pixels.copy())[None]
     mean, std = FACTS.normalisation
