@@ -22,7 +22,6 @@ from data_prep.convert import Chunk, ConversionError, Source
 from data_prep.read_image import resize_and_crop
 from simclr.run.host import usable_cores
 
-STL10_SPLITS = ("train", "test", "unlabeled", "train+unlabeled")
 _FILTER: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # without it, newer Pythons warn
 _CHUNK = 1024
 
@@ -49,7 +48,7 @@ def stl10(root: Path, split: str, download: bool, resolution: int | None) -> Sou
 
     Args:
         root: Folder of the downloaded files.
-        split: One of ``STL10_SPLITS``.
+        split: "train", "test", "unlabeled" or "train+unlabeled".
         download: Whether missing files may be downloaded.
         resolution: Resize to this many pixels (bicubic, antialiased); None for 96.
 

@@ -248,7 +248,9 @@ def test_fused_views_give_the_same_run_with_any_loader_and_in_pieces(images: Pat
     fused: dict[str, Any] = {"precision": "fp32", "speed": SpeedConfig(loader="memory", views="fused")}
     whole, in_pieces, with_ffcv = (settings(images, tmp_path / name, **fused) for name in ("a", "b", "c"))
     run(whole)
-    assert json.loads((whole.folder / "manifest.json").read_text())["views"].startswith("fused")
+    manifest = json.loads((whole.folder / "manifest.json").read_text())
+    assert manifest["views"].startswith("fused")
+    assert manifest["step"] == "launch by launch, not compiled (since the run is on cpu)"
     for stop in (1, 6, None):
         run(dataclasses.replace(in_pieces, stop_at_step=stop))
     assert is_equal(weights(in_pieces), weights(whole))
@@ -314,6 +316,8 @@ def test_a_compiled_run_is_the_same_and_goes_on_without(
     run(dataclasses.replace(config, stop_at_step=STEPS + 1))
     assert any((tmp_path / "cache").rglob("*.so"))  # something was compiled
     run(dataclasses.replace(config, speed=one_device.speed))
+    ways = [session["step"] for session in json.loads((config.folder / "manifest.json").read_text())["sessions"]]
+    assert [", compiled for fixed shapes" in way for way in ways] == [True, False]
     assert difference(weights(config), weights(one_device)) < 1e-11
 
 

@@ -19,20 +19,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from simclr.views import (
-    JitterOperation,
-    Slot,
-    ViewParameters,
-    ViewSpec,
-    apply_view,
-    blur_kernel_size,
-    describe,
-    image_keys,
-    plain_view,
-    sample_parameters,
-    two_views,
-    uniforms,
-)
+from simclr.views import ViewParameters, ViewSpec, apply_view, describe, plain_view, sample_parameters, two_views
+from simclr.views.parameters import JitterOperation, Slot, image_keys, uniforms
+from simclr.views.pixels import blur_kernel_size
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 UNIT: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # leaves pixels in [0, 1]

@@ -31,6 +31,11 @@ class Way(NamedTuple):
     """Whether the whole step is one CUDA graph."""
     reason: str
 
+    def describe(self) -> str:
+        """Return it in words."""
+        compiled = "compiled for fixed shapes, for which the first step waits" if self.is_compiled else "not compiled"
+        return f"{'one CUDA graph' if self.is_captured else 'launch by launch'}, {compiled} ({self.reason})"
+
 
 def choose_way(
     asked: CompileChoice,

@@ -32,19 +32,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr.views import (
-    JitterOperation,
-    ViewParameters,
-    ViewSpec,
+from simclr.views import ViewParameters, ViewSpec, sample_parameters
+from simclr.views.parameters import JitterOperation, require_fitting
+from simclr.views.pixels import (
     blur_kernel_size,
     num_taps,
     require_blur_fits,
-    require_fitting,
     require_images,
     require_normalisation,
     require_view_dtype,
     resize_filters,
-    sample_parameters,
 )
 
 TOLERANCE = 4e-6

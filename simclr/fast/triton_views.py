@@ -30,14 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simclr.views import (
-    ViewSpec,
-    blur_kernel_size,
-    require_blur_fits,
-    require_normalisation,
-    require_view_dtype,
-    sample_parameters,
-)
+from simclr.views import ViewSpec, sample_parameters
+from simclr.views.pixels import blur_kernel_size, require_blur_fits, require_normalisation, require_view_dtype
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -226,7 +220,7 @@ def _jitter(red, green, blue, row, until, mean_luma):
     for position in range(until):
         operation = tl.load(row + _ORDER + position).to(tl.int32)
         factor = tl.load(row + _FACTOR + operation)
-        if operation == _HUE:  # views._shift_hue
+        if operation == _HUE:  # views.pixels._shift_hue
             largest, smallest = tl.maximum(tl.maximum(red, green), blue), tl.minimum(tl.minimum(red, green), blue)
             chroma = largest - smallest
             hue = (green + blue - red + largest - 2 * smallest) / tl.maximum(chroma, 1e-12)

@@ -108,11 +108,6 @@ class ProbeResult:
         assert self.trained.classifier is not None
         return self.trained.classifier
 
-    @property
-    def classifier_name(self) -> str:
-        """What stands on the encoder, as a heading says it."""
-        return "Linear classifier" if self.config.mode == "linear" else "Fine-tuned"
-
 
 def to_plain(result: ProbeResult) -> dict[str, Any]:
     """Return the result as what JSON can hold; numbers that are not finite become null."""

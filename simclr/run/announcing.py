@@ -46,8 +46,7 @@ def say_start(
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
-    compiled = "compiled for fixed shapes, for which the first step waits" if way.is_compiled else "not compiled"
-    print(f"step:       {'one CUDA graph' if way.is_captured else 'launch by launch'}, {compiled} ({way.reason})")
+    print(f"step:       {way.describe()}")
     if config.speed.recompute:
         print("recompute:  the encoder's blocks, again in the backward pass")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"
@@ -100,6 +99,7 @@ def write_manifest(
     derived: Derived,
     source: ImageSource,
     feed: ViewFeed,
+    way: Way,
     accelerator: Accelerator,
     progress: Progress,
 ) -> str:
@@ -120,6 +120,7 @@ def write_manifest(
         "mixed_precision": accelerator.mixed_precision,
         "loader": f"{source.backend}: {source.reason}",
         "views": f"{feed.method}: {feed.reason}",
+        "step": way.describe(),
     }
     before = runlog.read_manifest(config.folder) if progress.step else None
     sessions = [*(before or {}).get("sessions", []), session]

@@ -137,7 +137,7 @@ def open_run(
                 say_start(config, derived, source, feed, way, accelerator, precision_reason, plain_model, progress)
                 if kept_memory is not None:
                     print(f"memory:     {kept_memory}", flush=True)
-            begun = write_manifest(config, derived, source, feed, accelerator, progress) if writes else ""
+            begun = write_manifest(config, derived, source, feed, way, accelerator, progress) if writes else ""
             # Which images this rank reads at each step
             plan = EpochPlan(
                 validation_split(derived.num_images, 0)[0],
