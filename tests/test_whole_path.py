@@ -44,6 +44,7 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
     options: tuple[object, ...] = ("cpu-simclr", "--data", cifar10_beton / "train.beton", "--epochs", 1)
     options += ("--optimizer.warmup-epochs", 0.2, "--log-every-steps", 1)
     options += ("--model.encoder", "small_resnet_w8", "--global-batch-size", 256, "--precision", "fp32")
+    options += ("--view-sizes", 24, 1.0)  # half the work of views of 32 pixels
     two, one = tmp_path / "two", tmp_path / "one"
 
     said = run(*launch, "--num_processes", 2, "train_simclr.py", *options, "--world-size", 2,
