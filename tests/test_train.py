@@ -55,6 +55,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
         "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1 if changes.get("epochs", 3) > 2 else 0),
         "precision": "fp64",
+        "view_sizes": ((16, 1.0),),  # a quarter of the work
         "num_validation": 30,
         "knn_every_epochs": 1,
         "log_every_steps": 3,
@@ -409,7 +410,8 @@ def test_the_best_checkpoint_is_the_epoch_with_the_best_validation_accuracy(one_
 
 def test_the_first_step_is_what_torch_computes(images: Path, tmp_path: Path) -> None:
     """One step by hand: plain SGD from the seed's weights on the first batch."""
-    config = settings(images, tmp_path / "run", stop_at_step=1, optimizer=OptimizerConfig(base_learning_rate=2.0))
+    optimizer_config = OptimizerConfig(base_learning_rate=2.0)
+    config = settings(images, tmp_path / "run", stop_at_step=1, optimizer=optimizer_config, view_sizes=())
     run(config)
 
     torch.manual_seed(config.seed)

@@ -71,6 +71,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
         "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1),
         "precision": "fp64",
+        "view_sizes": ((16, 1.0),),  # a quarter of the work
         "num_validation": 30,
         "knn_every_epochs": 2,
         "checkpoint_every_steps": 3,
