@@ -133,7 +133,7 @@ def measure(config: TrainConfig, images: Path, options: argparse.Namespace) -> d
     """Train on both sides, an epoch in turn, and return seconds and accuracies."""
     with contextlib.ExitStack() as stack:
         started = time.perf_counter()
-        facts = convert(image_folder(images, "train"), config.data, Storage())
+        facts = convert(image_folder(find_one_split(images), "train"), config.data, Storage())
         converted = time.perf_counter() - started
         ours = Ours(stack, config)
         before = {OURS: time.perf_counter() - started}

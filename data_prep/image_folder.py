@@ -21,7 +21,7 @@ from data_prep.convert import (
     convert_all,
     map_in_order,
 )
-from data_prep.find import Found, Tree, as_text, find_one_split
+from data_prep.find import Found, Tree, as_text
 from data_prep.read_image import Loaded, read_image
 from simclr.run.host import usable_cores
 
@@ -74,22 +74,21 @@ def convert_found(
     return describe_outcome(found, stored, sum((source.changes for source in sources), Counter()))
 
 
-def image_folder(images: Tree | Path, split: str, resolution: int | None = None) -> Source:
+def image_folder(tree: Tree, split: str, resolution: int | None = None) -> Source:
     """Return the images of one split as a source, the right way up by their EXIF orientation.
 
     Args:
-        images: What ``find`` found; or a folder with one folder per class.
+        tree: What ``find`` found.
         split: Name of the split for the sidecar.
         resolution: Resize the shorter side to this many pixels (bicubic, antialiased) and crop the centre to a
             square; None to store images of one size as they are.
 
     Raises:
-        ConversionError: As ``find``; from ``chunks`` if images differ in size and no resolution is given.
+        ConversionError: If the resolution is below 1; from ``chunks`` if images differ in size and there is none.
         UnreadableError: From ``chunks``, if there are unreadable files, with all of them.
     """
     if resolution is not None and resolution < 1:
         raise ConversionError(f"--resolution must be at least 1, got {resolution}")
-    tree = find_one_split(images) if isinstance(images, Path) else images
     description = tree.description
     if resolution is not None:
         description += f", shorter side resized to {resolution} (antialiased bicubic), centre-cropped to a square"

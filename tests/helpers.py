@@ -21,6 +21,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 # Imported once, by the process that forks all others. torch's optimizers import torch._dynamo, ResNets timm.
@@ -36,6 +37,13 @@ def small_disk(folder: Path, size: str) -> str:
     if subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True).returncode != 0:
         pytest.skip("this user may not mount a file system in a namespace of its own")
     return command
+
+
+def library_knn(k: int, temperature: float) -> Any:
+    """Return scikit-learn's classifier by neighbours that vote as SimCLR's evaluations weight them (cosine)."""
+    from sklearn.neighbors import KNeighborsClassifier  # two seconds, which ranks need not wait for
+
+    return KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
 
 
 class RankError(RuntimeError):

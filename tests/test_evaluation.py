@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from simclr import beton, evaluation
@@ -25,7 +24,7 @@ from simclr.evaluation import Candidate, Classifier, Curve, DivergedError, Featu
 from simclr.models import ModelConfig, make_encoder
 from simclr.run import checkpoint
 from simclr.views import ViewSpec, apply_view, sample_parameters
-from tests.helpers import run_distributed
+from tests.helpers import library_knn, run_distributed
 
 SIDE, NUM_IMAGES, WIDTH = 16, 61, 32
 NORMALISATION = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -208,8 +207,7 @@ def test_knn_equals_the_definition_and_scikit_learn(k: int, temperature: float, 
     bank, queries = random_features(300, 12, 5, seed=0, dtype=dtype), random_features(111, 12, 5, seed=1, dtype=dtype)
     predicted = evaluation.knn_predict(bank, queries, k=k, temperature=temperature, num_classes=5)
     assert predicted.tolist() == plain_knn(bank, queries, k, temperature, 5)
-    library = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
-    library.fit(bank.representation.double().numpy(), bank.label.numpy())
+    library = library_knn(k, temperature).fit(bank.representation.double().numpy(), bank.label.numpy())
     assert predicted.tolist() == library.predict(queries.representation.double().numpy()).tolist()
     accuracy = evaluation.knn_accuracy(bank, queries, k=k, temperature=temperature, num_classes=5)
     expected = 100 * library.score(queries.representation.double().numpy(), queries.label.numpy())

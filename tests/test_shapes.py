@@ -16,6 +16,7 @@ from data_prep import shapes
 from data_prep.__main__ import main
 from data_prep.shapes import CLASSES, draw
 from simclr import beton
+from tests.helpers import library_knn
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -70,14 +71,7 @@ def test_raw_pixels_fail() -> None:
     mean, std = train.mean(axis=(0, 1, 2)), train.std(axis=(0, 1, 2))
     x, q = (((images - mean) / std).reshape(len(images), -1).astype(np.float32) for images in (train, test))
 
-    unit_x, unit_q = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, q))
-    similarity = unit_q @ unit_x.T
-    nearest = np.argpartition(-similarity, 20, axis=1)[:, :20]
-    votes = np.zeros((len(q), 10))
-    for k in range(20):
-        rows = np.arange(len(q))
-        votes[rows, train_labels[nearest[:, k]]] += np.exp(similarity[rows, nearest[:, k]] / 0.1)
-    assert 10 < 100 * (votes.argmax(axis=1) == test_labels).mean() < 30
+    assert 10 < 100 * library_knn(20, 0.1).fit(x, train_labels).score(q, test_labels) < 30
 
     targets = np.eye(10, dtype=np.float32)[train_labels] - 0.1
     gram = x.T @ x / len(x)
