@@ -113,7 +113,8 @@ def require_known_requests() -> None:
 def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
     """Say whom this process waits for, if that takes long, and let signals end the wait.
 
-    While processes meet, the main thread stands in C++, where Python's handlers of signals do not run.
+    While processes meet, the main thread stands in C++, where Python's handlers of signals do not run; and a signal
+    that interrupted it there would make torch print a trace of its own. So other threads receive them meanwhile.
 
     Args:
         signals: Those that are installed; any of them ends the process, with the status of a run that has lost
@@ -144,11 +145,13 @@ def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
 
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     before = signal.set_wakeup_fd(handlers.fileno(), warn_on_full_buffer=False)
-    thread.start()
+    thread.start()  # before the signals are blocked, as a thread begins with the mask of the one that starts it
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if signals is not None else ())
     try:
         yield
     finally:
         met.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         signal.set_wakeup_fd(before)
         handlers.send(b"\0")
         thread.join()
