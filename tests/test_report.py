@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import html.parser
 import io
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -443,6 +445,23 @@ def test_names_are_written_with_a_font_that_has_their_characters(monkeypatch: py
     figures.draw(panels, fonts.lettering(names).families)  # a glyph that is missing is a warning, and an error here
     with pytest.raises(UserWarning, match="missing from font"):
         figures.draw(panels, ["DejaVu Sans"])
+
+
+def test_titles_of_neighbours_do_not_run_into_each_other() -> None:
+    names = ("automobile", "a name of many words", "airplane", "Bernese mountain dog")
+    query = np.zeros((4, 32, 32, 3), np.uint8)
+    others = np.zeros((4, 7, 32, 32, 3), np.uint8)
+    found = Neighbours(query, np.arange(4), others, np.arange(28).reshape(4, 7) % 4, np.ones((4, 7)))
+    with matplotlib.rc_context(figures.style_of(figures.LIGHT, fonts.lettering(names).families)):  # type: ignore[arg-type, unused-ignore]
+        (_, make) = figures.neighbours_drawings(found, names)["neighbours-1"]
+        figure = make(figures.LIGHT)
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+        assert len(boxes) == 4 * 8
+        for start in range(0, len(boxes), 8):
+            row = boxes[start : start + 8]
+            assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(row))
+            assert row[0].x0 >= 0
+            assert row[-1].x1 <= figure.bbox.x1
 
 
 def test_names_that_no_font_can_write_are_numbered_and_listed(tmp_path: Path) -> None:
