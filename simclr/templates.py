@@ -1,4 +1,4 @@
-"""Texts from templates: reports and model cards (only user of jinja2)."""
+"""Texts from templates (only user of jinja2), and how numbers are written in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def render(path: Path, filters: dict[str, Callable[..., Any]], **values: Any) ->
 
     Args:
         path: The template; those that it includes lie beside it.
-        filters: What it uses besides ``count`` (1,234) and ``percent`` (of an accuracy, or a dash for None).
+        filters: What it uses besides ``count`` (1,234), ``percent`` (of an accuracy, or a dash for None), ``duration``.
         **values: What it takes. A name that it uses and that is not there is an error.
     """
     templates = jinja2.Environment(
@@ -26,8 +26,17 @@ def render(path: Path, filters: dict[str, Callable[..., Any]], **values: Any) ->
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"count": "{:,}".format, "percent": percent} | filters
+    templates.filters |= {"count": "{:,}".format, "percent": percent, "duration": say_duration} | filters
     return re.sub(r"\n{3,}", "\n\n", templates.get_template(path.name).render(**values))
+
+
+def say_duration(seconds: float) -> str:
+    """Return a duration in words, such as "6 min 40 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def percent(value: float | None) -> str:

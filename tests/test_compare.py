@@ -219,6 +219,6 @@ def test_folders_that_are_no_runs_are_refused(tmp_path: Path) -> None:
     refused("holds no run, as it has no manifest.json", tmp_path)
     refused("is named twice", run, tmp_path / "run")
     (run / "probe-linear" / "probe.json").write_text("{}")
-    refused(r"probe\.json is no evaluation's result: KeyError\('config'\)", run)
+    refused(r"probe\.json is no evaluation's result: KeyError\('schema'\)", run)
     (run / "manifest.json").write_text('{"sessions": []}')
     refused(r"manifest\.json does not tell what was run: KeyError\('config'\)", run)

@@ -73,6 +73,7 @@ def write_probe(folder: Path, sha256: str, accuracy: float) -> None:
     config = {"mode": "linear", "features": "cached", "knn_neighbours": 3, "num_validation": 2, "epochs": 9}
     found = {
         "schema": 1,
+        "test_accuracy": accuracy,
         "config": config,
         "rows": rows,
         "encoder_sha256": sha256,

@@ -7,7 +7,6 @@ folder.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from simclr.run import runlog
 from simclr.run.checkpoint import Pretrained
 from simclr.views import describe, say_view_stages
 
-PROBES = "*/probe.json"
 _METHODS = {"nt_xent": "SimCLR (NT-Xent)", "barlow_twins": "Barlow Twins"}
 _TAGS = {"nt_xent": "simclr", "barlow_twins": "barlow-twins"}
 _PAPERS = {"nt_xent": "2002.05709", "barlow_twins": "2103.03230"}
@@ -79,7 +77,8 @@ def render(
     run = pretrained.path.parent
     probes: list[Measured] = []
     others: list[Measured] = []
-    for probe in _probes(run):
+    for path, found in runlog.read_results(run):
+        probe = Measured(path.parent.name, found)
         (probes if _is_of(probe, pretrained) else others).append(probe)
     return templates.render(
         Path(__file__).with_name("model_card.jinja"),
@@ -100,13 +99,6 @@ def render(
         describe=describe,
         view_stages=say_view_stages(pretrained.config.view_stages, pretrained.facts.height, pretrained.config.epochs),
     )
-
-
-def _probes(run: Path) -> Iterator[Measured]:
-    for path in sorted(run.glob(PROBES)):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("schema") == 1:
-            yield Measured(path.parent.name, found)
 
 
 def _is_of(probe: Measured, pretrained: Pretrained) -> bool:

@@ -24,7 +24,7 @@ from simclr.report.pdf import require_pdf, write_pdf
 from simclr.report.pictures import Pictures, find_neighbours, make_map, view_pairs
 from simclr.report.results import ProbeResult, Row, Scores, Trial, to_plain
 from simclr.run.checkpoint import CLASSIFIER
-from simclr.run.runlog import write_json
+from simclr.run.runlog import RESULT, write_json
 from simclr.templates import percent as _percent
 from simclr.views import describe, say_view_stages
 
@@ -44,7 +44,7 @@ __all__ = [
     "write_report",
 ]
 
-NAME, RESULT, LABELS = "report", "probe.json", "labels.json"
+NAME, LABELS = "report", "labels.json"
 _CONVERSIONS = {
     "built-in shapes": "python -m data_prep shapes",
     "CIFAR-100": "python -m data_prep cifar100",

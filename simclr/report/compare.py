@@ -27,10 +27,11 @@ from simclr.beton import Facts
 from simclr.config import ProbeConfig, TrainConfig, from_json, settings_of, to_json
 from simclr.report.figures import Band, Drawing, Panel, draw, draw_bands, measured
 from simclr.report.fonts import lettering
-from simclr.report.health import duration_of, say_duration
+from simclr.report.health import duration_of
 from simclr.report.page import write_page
 from simclr.run import files, host, runlog
 from simclr.run.resuming import FREE_TO_CHANGE
+from simclr.templates import say_duration
 
 NAME = "compare"
 # Settings of an evaluation that change no number, or by the seed's chance only.
@@ -117,15 +118,8 @@ def read_run(folder: Path) -> Record:
         raise ValueError(f"{folder / runlog.MANIFEST} does not tell what was run: {error!r}") from error
     assert isinstance(config, TrainConfig)
     assert isinstance(facts, Facts)
-    probes = []
-    for path in sorted(folder.glob("probe-*/probe.json")):
-        try:
-            probe = json.loads(path.read_text(encoding="utf-8"))
-            protocol_of(probe), [row["knn_test"] for row in probe["rows"]], probe["test_accuracy"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no evaluation's result: {error!r}; remove it, or evaluate again") from error
-        probes.append(probe)
-    return Record(folder, config, facts, manifest, runlog.read_metrics(folder), tuple(probes))
+    probes = tuple(probe for _, probe in runlog.read_results(folder))
+    return Record(folder, config, facts, manifest, runlog.read_metrics(folder), probes)
 
 
 def protocol_of(probe: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,15 +46,6 @@ def duration_of(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return max((float(line["seconds"]) for line in metrics if line.get("seconds") is not None), default=None)
 
 
-def say_duration(seconds: float) -> str:
-    """Return a duration in words, such as "6 min 40 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
 def _num_validation(result: ProbeResult) -> int:
     facts = result.pretraining_facts
     return result.pretraining.for_images(facts.num_images).num_validation or 0

@@ -15,7 +15,6 @@ from typing import Any
 from simclr import templates
 from simclr.beton import Facts
 from simclr.report.figures import Panel
-from simclr.report.health import say_duration
 from simclr.run import files
 
 
@@ -53,7 +52,6 @@ def render(template: str, markup: str, **values: Any) -> str:
         "one_line": lambda text: " ".join(text.split()),
         "items_of": lambda text: [" ".join(item.split()) for item in re.split(r"(?m)^- ", text)[1:]],
         "storage": _storage,
-        "duration": say_duration,
         "embedded": lambda picture: "data:image/png;base64," + base64.b64encode(picture).decode("ascii"),
         "range": lambda counts: " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})),
     }

@@ -8,7 +8,6 @@ folder is not made, locked or written to. Compiled code is kept in its caches, a
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import shutil
 import socket
@@ -26,6 +25,7 @@ from simclr.run import memory
 from simclr.run.devices import forward_dtype
 from simclr.run.interruption import Interrupted
 from simclr.run.opening import Run
+from simclr.templates import say_duration
 from simclr.views import whole_stages
 
 OPTION = "--dry-run"
@@ -90,17 +90,17 @@ def dry_run(run: Run, batches: Batches, take_step: TakeStep) -> None:
         seconds += per_step * stage.num_steps
         lines.append(
             f"views of {stage.side} pixels: {stage.num_steps:,} steps x {per_step:.3g} s = "
-            f"{duration(per_step * stage.num_steps)} ({rate(config.global_batch_size / per_step)} images/s; "
+            f"{say_duration(per_step * stage.num_steps)} ({rate(config.global_batch_size / per_step)} images/s; "
             f"{num_taken} step{'s' * (num_taken > 1)} timed)"
         )
     if stages and (times := num_knn(run)):
         per_measuring = time_encoding(run)
         seconds += times * per_measuring
-        lines.append(f"kNN: {times} x {per_measuring:.3g} s to encode the images = {duration(times * per_measuring)}")
-    lines.append(
-        f"{'in all about ' if stages else 'nothing is left to do: '}{duration(seconds)}, on this machine as busy as it "
-        "is now"
-    )
+        lines.append(
+            f"kNN: {times} x {per_measuring:.3g} s to encode the images = {say_duration(times * per_measuring)}"
+        )
+    in_all = f"in all about {say_duration(seconds)}, on this machine as busy as it is now"
+    lines.append(in_all if stages else "nothing is left to do")
     for i, line in enumerate(lines):
         say(run, f"{'' if i else 'time:':<12}{line}")
     for i, line in enumerate(memory_lines(run)):
@@ -213,11 +213,6 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people."""
-    return f"{seconds:.0f} s" if seconds < 90 else str(datetime.timedelta(seconds=round(seconds)))
 
 
 def rate(images_per_second: float) -> str:

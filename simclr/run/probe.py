@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import beton, parts, report
+from simclr import beton, parts
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, default_num_validation
 from simclr.data import ImageSource, few_labels, open_images, validation_split
@@ -346,7 +346,7 @@ def say_start(probe: Probe) -> None:
         f"{len(probe.candidates)}, {config.epochs} epochs each ({config.mode})"
     )
     print(f"device:     {probe.device} ({runlog.hardware()}), {config.precision}\noutput:     {probe.output}")
-    if (probe.output / report.RESULT).exists():
+    if (probe.output / runlog.RESULT).exists():
         print("note:       replaces the earlier evaluation there")
     for note in probe.notes:
         print(f"note:       {note}")

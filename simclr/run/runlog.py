@@ -41,6 +41,8 @@ SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 STATUS = "status.json"
+RESULT = "probe.json"
+"""In the folder of an evaluation, within that of the run."""
 LOCK = ".lock"
 State = Literal["running", "interrupted", "finished", "failed"]
 DIED = "died"
@@ -449,6 +451,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is {line!r}, expected an object; remove the line to go on")
         lines.append(line)
     return lines
+
+
+def read_results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the evaluations in a run's folder: path and content of each probe.json, in the order of their names.
+
+    Raises:
+        ValueError: If one is no evaluation's result, or one of another version of this program.
+    """
+    results = []
+    for path in sorted(folder.glob(f"*/{RESULT}")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["schema"] != 1:
+                raise ValueError(f"its schema is {found['schema']!r}, this version reads 1")
+            found["config"]["mode"], found["encoder_sha256"], found["test_accuracy"], found["rows"][-1]["knn_test"]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no evaluation's result: {error!r}; remove it, or evaluate again") from error
+        results.append((path, found))
+    return results
 
 
 def _keep_lines_until(path: Path, step: int) -> float:
