@@ -9,7 +9,6 @@ the test images are measured, and choose nothing. Runs in one process, on the fi
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ from simclr.data import ImageSource
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
 from simclr.models import SimCLR
 from simclr.report import ProbeResult, Row, Scores, Trial
-from simclr.run import checkpoint, files, host, runlog
+from simclr.run import checkpoint, files, host, launch, runlog
 from simclr.run.probe import Probe, open_probe
 
 
@@ -120,8 +119,8 @@ class Measured:
     confusion: NDArray[np.int64]
     encoder_sha256: str | None
     train: Features
+    """Of the encoder as it was given, before any fine-tuning, as ``test``."""
     test: Features
-    """Of the encoder as it was given, before any fine-tuning."""
 
 
 def features_of(probe: Probe, encoder: nn.Module, source: ImageSource, size: int | None = None) -> Features:
@@ -361,12 +360,12 @@ def say_result(result: ProbeResult, path: Path) -> None:
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.exit(
-            f"linear_probe.py runs in one process, but {os.environ['WORLD_SIZE']} were started. Use: "
-            f"python linear_probe.py {shlex.join(sys.argv[1:])}"
-        )
     try:
+        if (started := launch.from_environment("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"runs in one process, but {started} were started. Use: python linear_probe.py "
+                f"{shlex.join(sys.argv[1:])}"
+            )
         main(parse_probe_config(description=__doc__))
     except ValueError as error:  # what the user can put right; anything else keeps its traceback
         sys.exit(f"linear_probe.py: {error}")

@@ -57,13 +57,12 @@ class LossConfig:
 
     def describe(self) -> str:
         """Return objective and settings in one line."""
+        said = [f"{self.name}, of the run's own parts", *(f"{name} {value:g}" for name, value in self.settings)]
         if self.name == "nt_xent":
-            return f"nt_xent, temperature {self.temperature:g}"
-        if self.name == "barlow_twins":
-            return f"barlow_twins, off-diagonal weight {self.off_diagonal_weight:g}, centred"
-        return ", ".join(
-            [f"{self.name}, of the run's own parts", *(f"{name} {value:g}" for name, value in self.settings)]
-        )
+            said = [f"nt_xent, temperature {self.temperature:g}"]
+        elif self.name == "barlow_twins":
+            said = [f"barlow_twins, off-diagonal weight {self.off_diagonal_weight:g}, centred"]
+        return ", ".join([*said, *([f"times {self.scale:g}"] if self.scale != 1 else [])])
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class OptimizerConfig:
     parameters of fewer than two dimensions."""
 
     warmup_epochs: NotNegative = 0.0
-    """The learning rate rises linearly from 0 over this long, then falls to 0 by a cosine."""
+    """The learning rate rises linearly to its peak over this long, then falls to 0 by a cosine."""
 
     lars_trust_coefficient: Positive = 1e-3
     """LARS's eta."""
@@ -463,8 +462,8 @@ class ProbeConfig:
 
     label_fraction: Fraction = 1.0
     """Share of the training file's labels that are used at all, such as 0.01 or 0.1. They are drawn by the seed, as
-    many of each class, and written to labels.json. A fifth of them is held out to choose on (num_validation has no
-    meaning then), a folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of
+    many of each class, and written to labels.json. A fifth of them is held out to choose on (num_validation is
+    refused then), a folder stands for its last checkpoint, which no label chose, and batches are at most a sixteenth of
     the images fitted on."""
 
     knn_neighbours: Size | None = None
@@ -530,7 +529,11 @@ def from_json(kind: type[Config], text: str) -> Config:
     Raises:
         ValueError: If a field is unknown or missing, or a value is not possible; the message names the field.
     """
-    values = json.loads(text)
+    return from_values(kind, json.loads(text))
+
+
+def from_values(kind: type[Config], values: Any) -> Config:
+    """Build a configuration from parsed JSON, as :func:`from_json` does."""
     return schema.from_values(kind, _updated(values) if kind is TrainConfig and isinstance(values, dict) else values)
 
 

@@ -193,19 +193,10 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Return True on every rank if ``flag`` is true on at least one. Collective call."""
-    if world_size() == 1:
-        return flag
-    vote = torch.tensor(int(flag), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
-
-
 class SideChannel:
     """Small messages between the ranks' hosts: a gloo group of their own, so that no GPU is waited for.
 
-    All methods but ``is_lost`` are collective calls; in a world of one they answer at once.
+    All methods but ``set_timeout`` are collective calls; in a world of one they answer at once.
 
     Args:
         timeout: How long a rank waits for the others, here and in training's collectives, until it is changed.
@@ -224,17 +215,11 @@ class SideChannel:
             for group in (self._group, dist.group.WORLD):
                 change(timeout, group)
 
-    def meet(self) -> None:
-        """Wait until all ranks have come. Raises RuntimeError after the timeout, on every rank.
-
-        Not by torch's ``monitored_barrier``: there only rank 0 gives up, and the others wait for ever for a rank 0
-        that stands still.
-        """
-        if self._group is not None:
-            dist.all_reduce(torch.zeros(1), group=self._group)
-
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's value (numbers, text, dicts of them), in rank order."""
+        """Return every rank's value (numbers, text, dicts of them), in rank order.
+
+        Raises RuntimeError after the timeout, on every rank.
+        """
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * world_size()

@@ -512,7 +512,8 @@ def _device(name: str | None) -> torch.device:
         try:
             return torch.zeros(0, device=name).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"--device {name}: {reason}") from error
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and not launch.cpu_is_asked_for():
         return found

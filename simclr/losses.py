@@ -75,6 +75,7 @@ def nt_xent(
         ValueError: If the shapes differ or are not (b, d), the dtypes differ or are not floating point, b or d is 0,
             the whole batch is a single pair (no negatives), ``temperature`` is not a positive finite number, ranks
             hold different b, or the form or the kernels cannot compute this.
+        TypeError: If ``z1`` or ``z2`` is no tensor, or ``temperature`` no number.
 
     Note:
         Collective call: every rank must make it, and the backward pass. Computed in float32 at least, also inside
@@ -211,6 +212,7 @@ def own_objective(name: str, z1: Tensor, z2: Tensor, settings: Mapping[str, floa
 
     Raises:
         ValueError: If ``z1`` and ``z2`` do not fit, or the function returns no scalar with a gradient.
+        TypeError: If ``z1`` or ``z2`` is no tensor.
 
     Note:
         Collective call: every rank must make it, and the backward pass.

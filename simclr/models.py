@@ -1,4 +1,4 @@
-"""Encoder and projector. The only user of timm, which is imported where it is needed: see :mod:`simclr.small_resnet`.
+"""Encoder and projector. The method's only user of timm, imported where it is needed: see :mod:`simclr.small_resnet`.
 
 Shape letters: b images, H x W pixels, D representation width, d projection width.
 """
@@ -20,7 +20,7 @@ from simclr.small_resnet import SmallResNet, initialise, widening
 
 Stem = Literal["auto", "cifar", "patch2", "original"]
 
-# Below this side an ImageNet stem, which divides it by 4, throws most of the image away.
+# Up to this side an ImageNet stem, which divides it by 4, throws most of the image away.
 SMALL_IMAGE = 64
 
 _SMALL_RESNET = re.compile(r"small_resnet_w([1-9]\d*)(?:_d([1-9]\d*))?")

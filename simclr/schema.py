@@ -43,21 +43,16 @@ _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", st
 
 
 def to_json(value: Any) -> str:
-    """Return a dataclass as JSON text; :func:`from_json` gives an equal one back."""
+    """Return a dataclass as JSON text; parsed, :func:`from_values` gives an equal one back."""
     return json.dumps(dataclasses.asdict(value), default=str, indent=2)
 
 
-def from_json(kind: type[T], text: str) -> T:
-    """Build a dataclass from :func:`to_json`'s text.
+def from_values(kind: type[T], values: Any) -> T:
+    """Build a dataclass from parsed JSON.
 
     Raises:
         ValueError: If a field is unknown or missing, or a value is not possible.
     """
-    return from_values(kind, json.loads(text))
-
-
-def from_values(kind: type[T], values: Any) -> T:
-    """Build a dataclass from parsed JSON. Errors as :func:`from_json`."""
     built: T = _convert(kind, values, "")
     return built
 

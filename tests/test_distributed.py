@@ -85,11 +85,13 @@ def check_sum_over_ranks(rank: int, world_size: int) -> None:
     assert distributed.sum_over_ranks(torch.tensor(rank + 1)).item() == world_size * (world_size + 1) // 2
 
 
-def check_any_rank(rank: int, world_size: int) -> None:
-    assert distributed.any_rank(False) is False
-    for chosen in range(world_size):
-        assert distributed.any_rank(rank == chosen) is True
-    assert distributed.any_rank(True) is True
+def check_max_over_ranks(rank: int, world_size: int) -> None:
+    parts = [all_rows(2, 3, seed=r) for r in range(world_size)]
+    values = parts[rank].T.requires_grad_()
+    largest = distributed.max_over_ranks(values)
+    assert torch.equal(largest, torch.stack(parts).amax(0).T)
+    assert not largest.requires_grad
+    assert torch.equal(values.detach(), parts[rank].T)  # unchanged
 
 
 @pytest.mark.distributed
@@ -102,7 +104,7 @@ def check_any_rank(rank: int, world_size: int) -> None:
         check_row_counts_may_change,
         check_gather_variable,
         check_sum_over_ranks,
-        check_any_rank,
+        check_max_over_ranks,
     ],
 )
 def test_collectives(check: object, world_size: int) -> None:
@@ -146,7 +148,7 @@ def test_without_a_process_group_it_is_a_world_of_one() -> None:
     assert distributed.sum_over_ranks(rows) is rows
     assert torch.equal(distributed.gather_variable(rows), rows)
     assert not distributed.gather_variable(rows).requires_grad
-    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
+    assert torch.equal(distributed.max_over_ranks(rows), rows)
     distributed.leave()  # nothing to leave
 
 

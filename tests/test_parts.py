@@ -109,6 +109,8 @@ def test_the_example_is_measured_and_exported(config: TrainConfig, monkeypatch: 
     assert "align_uniform, of the run's own parts, uniformity 0.5" in text
     assert parts.sha256_of(EXAMPLE) in text
     exported = export.main(export.Options(config.folder, parts=EXAMPLE))
+    card = (exported / "README.md").read_text()
+    assert "- objective: align_uniform, of the run's own parts, uniformity 0.5\n" in card
     encoder = export.load_encoder(exported).encoder
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 128)
 

@@ -1,4 +1,4 @@
-"""The .beton file format and its sidecar of facts: written, checked and read with numpy alone.
+"""The .beton file format and its sidecar of facts: written, checked and read without FFCV.
 
 A .beton file is what FFCV 1.0.2 reads: here always one ``RGBImageField`` named "image" and one ``IntField``
 named "label", all images of one size and one encoding.

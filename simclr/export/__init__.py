@@ -258,7 +258,7 @@ def _make_program(model: ImageEncoder, images: Tensor) -> _Program:
             batch = torch.export.Dim("batch")
             program = torch.export.export(model, (images,), dynamic_shapes={"image": {0: batch}})
     except Exception as error:  # torch.export answers what it cannot trace with errors of many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"torch.export cannot make a program of this encoder ({reason}); write the rest with --no-program"
         ) from error
@@ -290,7 +290,7 @@ def _make_onnx(program: torch.export.ExportedProgram, model: ImageEncoder, image
         onnx.checker.check_model(content, full_check=True)
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # likewise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"ONNX cannot hold this encoder ({reason}); write the rest with --onnx no") from error
     _compare(ONNX, lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), model, images)
     return content

@@ -125,7 +125,7 @@ class Captured:
                 self._captured = self._capture(inputs)
             except RuntimeError as error:
                 self._is_plain = True
-                self._say(str(error).strip().splitlines()[0])
+                self._say((str(error).strip() or type(error).__name__).splitlines()[0])
                 return self._on_own_stream(inputs)
         for held, given in zip(self._captured.inputs, inputs, strict=True):
             held.copy_(given)

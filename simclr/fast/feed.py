@@ -33,7 +33,7 @@ _Item = TypeVar("_Item")
 
 
 class ViewFeed:
-    """Makes the views of a run. Close it, or use it as a context manager.
+    """Makes the views of a run. A context manager, at whose end its threads end.
 
     Args:
         source: Images.

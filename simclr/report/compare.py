@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional
 
 from simclr.beton import Facts
-from simclr.config import ProbeConfig, TrainConfig, from_json, settings_of, to_json
+from simclr.config import ProbeConfig, TrainConfig, from_values, settings_of, to_json
 from simclr.report.figures import Band, Drawing, Panel, draw, draw_bands, measured
 from simclr.report.fonts import lettering
 from simclr.report.health import duration_of
@@ -110,14 +110,10 @@ def read_run(folder: Path) -> Record:
         what = "is not there" if not folder.exists() else f"holds no run, as it has no {runlog.MANIFEST}"
         raise ValueError(f"{folder} {what}; name folders that train_simclr.py has written")
     try:
-        config, facts = (
-            from_json(kind, json.dumps(manifest[key])) for kind, key in ((TrainConfig, "config"), (Facts, "facts"))
-        )
+        config, facts = from_values(TrainConfig, manifest["config"]), from_values(Facts, manifest["facts"])
         int(manifest["derived"]["total_steps"]), manifest["environment"]["hardware"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / runlog.MANIFEST} does not tell what was run: {error!r}") from error
-    assert isinstance(config, TrainConfig)
-    assert isinstance(facts, Facts)
     probes = tuple(probe for _, probe in runlog.read_results(folder))
     return Record(folder, config, facts, manifest, runlog.read_metrics(folder), probes)
 
@@ -269,7 +265,7 @@ def runs_table(records: Sequence[Record]) -> list[list[str]]:
 
 
 def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return what is not the same everywhere, by name; sums of files are shortened."""
+    """Return what is not the same everywhere, by name; checksums are shortened."""
     names = list(dict.fromkeys(name for entry in values for name in entry))
     return {
         name: [_shown(entry.get(name)) for entry in values]
@@ -370,12 +366,10 @@ def spread_of(runs: Sequence[Record], kind: str, key: str, against: str, name: s
 
 
 def _kind_of_loss(config: TrainConfig) -> str:
-    """Return what makes two losses comparable: the objective with its parameters, and the batch."""
-    loss = config.loss
-    parameter = f"temperature {loss.temperature:g}, batch {config.global_batch_size}"
-    if loss.name == "barlow_twins":
-        parameter = f"weight {loss.off_diagonal_weight:g}, width {config.model.projection_dim}"
-    return f"{loss.name}, {parameter}{f', times {loss.scale:g}' if loss.scale != 1 else ''}"
+    """Return what makes two losses comparable: the objective with its settings, and what it grows with."""
+    is_barlow = config.loss.name == "barlow_twins"
+    grows_with = f"width {config.model.projection_dim}" if is_barlow else f"batch {config.global_batch_size}"
+    return f"{config.loss.describe()}, {grows_with}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 
 import torch
 from accelerate import Accelerator
 
 from simclr import losses, parts
-from simclr.config import Derived, TrainConfig, to_json
+from simclr.config import Derived, TrainConfig
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
 from simclr.fast.captured import Way
@@ -128,8 +127,8 @@ def write_manifest(
         path,
         {
             **session,
-            "config": json.loads(to_json(config)),
-            "facts": json.loads(to_json(source.facts)),
+            "config": dataclasses.asdict(config),
+            "facts": dataclasses.asdict(source.facts),
             "sessions": sessions,
         },
     )

@@ -1,4 +1,4 @@
-"""The processes and the device of a run, and the precision it computes in. The only user of accelerate."""
+"""The processes and the device of a run, and the precision it computes in. By accelerate."""
 
 from __future__ import annotations
 

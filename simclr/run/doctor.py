@@ -222,13 +222,14 @@ def processes(options: Options, device: torch.device) -> Iterator[Finding]:
     yield refuse_if(size != meant, "processes", f"{size} take part, {meant} are meant to", "See docs/launching.md")
     if size == 1:
         return
-    values, seconds, skews = torch.ones(_ALL_REDUCE_BYTES // 4, device=device), [], []
+    values, none = torch.ones(_ALL_REDUCE_BYTES // 4, device=device), torch.zeros(1, device=device)
+    seconds, skews = [], []
     for _ in range(6):
-        distributed.any_rank(False, device)  # all have come
+        distributed.max_over_ranks(none).item()  # all have come
         started = time.perf_counter()
         bool(distributed.sum_over_ranks(values)[0] < 0)  # waits for a GPU
         seconds.append(time.perf_counter() - started)
-        distributed.any_rank(False, device)
+        distributed.max_over_ranks(none).item()
         clocks = distributed.gather(torch.tensor([time.time()], dtype=torch.float64, device=device))
         skews.append(float(clocks.max() - clocks.min()))
     median, skew = sorted(seconds[1:])[2], min(skews)
@@ -260,7 +261,8 @@ def main(options: Options) -> int:
         findings += processes(options, device)
         findings += from_other_ranks(findings, device)
     except (RuntimeError, ValueError, OSError) as error:
-        found = f"they do not find each other: {str(error).splitlines()[0]}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found = f"they do not find each other: {reason}"
         findings.append(Finding("problem", "processes", found, "See docs/launching.md, Traps"))
     if distributed.rank() == 0:
         print(*findings, sep="\n", flush=True)

@@ -79,7 +79,7 @@ def atomic_write(path: PathLike, *, durable: bool = True) -> Iterator[io.Buffere
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
-            left_behind.unlink()
+            left_behind.unlink(missing_ok=True)
         with temporary.open("x+b") as file:
             yield file
             if durable:
@@ -141,7 +141,7 @@ def sync(file: IO[bytes] | IO[str]) -> None:
 
 
 def sync_folder(folder: PathLike) -> None:
-    """Return when a folder's new, changed and removed names are on the disk; on Windows at once, which cannot tell."""
+    """Return when a folder's new, changed and removed names are on the disk; on Windows, which cannot tell, at once."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

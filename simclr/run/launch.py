@@ -120,7 +120,7 @@ def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
         signals: Those that are installed; any of them ends the process, with the status of a run that has lost
             nothing. None: signals do what they did.
     """
-    size = _from_environment("WORLD_SIZE", 1)
+    size = from_environment("WORLD_SIZE", 1)
     if size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -160,7 +160,7 @@ def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
 
 
 def _who_is_awaited(size: int) -> str:
-    rank = _from_environment("RANK", 0)
+    rank = from_environment("RANK", 0)
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     whom = f"the other {size - 1} of {size} processes" if rank == 0 else "rank 0 and the others"
     return (
@@ -175,7 +175,8 @@ def if_alone() -> str:
     return f"If this was to be the only process: unset {' '.join(name for name in names if name in os.environ)}"
 
 
-def _from_environment(name: str, default: int) -> int:
+def from_environment(name: str, default: int) -> int:
+    """Return a number that launchers set. Raises ValueError if it is none."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise ValueError(f"the environment variable {name} is {text!r}, expected a number; launchers set it")

@@ -71,8 +71,9 @@ def explain_shortage(device: torch.device, per_device_batch_size: int, world_siz
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CPUs raise a plain RuntimeError ("DefaultCPUAllocator: can't allocate memory", "not enough memory")."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "llocate memory" in str(error)
+    """CPUs raise a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory", on Windows "not enough memory"."""
+    told = ("llocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def _estimate(device: torch.device, static: int, per_device_batch_size: int) -> int | None:

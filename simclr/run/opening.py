@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from simclr import parts
 from simclr.beton import Facts, load_facts
 from simclr.config import Derived, TrainConfig, derive, settings_of
-from simclr.data import EpochPlan, ImageSource, open_images, validation_split
+from simclr.data import EpochPlan, ImageSource, open_images
 from simclr.evaluation import DivergedError
 from simclr.fast.captured import Captured, Way, choose_way
 from simclr.fast.feed import ViewFeed
@@ -140,7 +141,7 @@ def open_run(
             begun = write_manifest(config, derived, source, feed, way, accelerator, progress) if writes else ""
             # Which images this rank reads at each step
             plan = EpochPlan(
-                validation_split(derived.num_images, 0)[0],
+                np.arange(derived.num_images),
                 config.global_batch_size,
                 derived.world_size,
                 accelerator.process_index,
@@ -207,7 +208,6 @@ def open_run(
 
 def require_same_start(run: Run) -> None:
     """Refuse to train if the ranks continue after different steps, or have opened different images. Waits for all."""
-    run.peers.meet()
     steps, contents = zip(*run.peers.gather((run.progress.step, run.source.facts.content_sha256)), strict=True)
     if len(set(contents)) > 1:  # though their sidecars were equal before: another file has taken the name meanwhile
         raise launch.DifferentRunsError(f"{run.config.data} was replaced while the ranks opened it; start them again")

@@ -24,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_size
@@ -79,10 +78,6 @@ class Peers:
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watchdog.start()
 
-    def meet(self) -> None:
-        """Wait for all ranks."""
-        self._channel.meet()
-
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value (numbers, text, dicts of them), in rank order, on every rank."""
         return self._channel.gather(value)
@@ -92,9 +87,10 @@ class Peers:
 
         A signal is answered one step later: see :meth:`simclr.distributed.SideChannel.vote`.
         """
-        if self._limit != self._timeout:
-            self._set_limit(self._timeout)
         self._tell("training", step)
+        if self._limit != self._timeout:
+            self._limit = self._timeout
+            self._channel.set_timeout(datetime.timedelta(seconds=self._timeout))
         received = self._signals.received
         agreed = self._channel.vote(received * world_size() + rank() if received else 0)
         if not agreed:
@@ -103,9 +99,13 @@ class Peers:
         return signal.Signals(number).name + (f" on rank {asked}" if world_size() > 1 else "")
 
     def working(self, doing: str) -> None:
-        """Tell that ``doing`` goes on, and wait until all ranks have come as far. For long work, after each part."""
+        """Tell that ``doing`` goes on, and wait until all ranks have come as far. For long work, after each part.
+
+        Not by torch's ``monitored_barrier``: there only rank 0 gives up after the timeout, and the others wait for ever
+        for a rank 0 that stands still.
+        """
         self._tell(doing)
-        self._channel.meet()
+        self._channel.gather(None)
 
     def wait_until(self, is_done: Callable[[], bool], doing: str) -> None:
         """Wait until ``is_done`` holds on every rank, for up to START_SECONDS, while the ranks stay in touch.
@@ -168,27 +168,16 @@ class Peers:
         self._now = _Heard(self._now.number + 1, self._now.step, self._now.doing, left=reason[:500])
         self._report()
 
-    def close(self) -> None:
-        """End the watchdog."""
-        self._closed.set()
-        self._watchdog.join()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        self._watchdog.join()
 
     def _tell(self, doing: str, step: int | None = None) -> None:
         self._heartbeats += 1
         self._now = _Heard(self._now.number, self._now.step if step is None else step, doing)
-
-    def _set_limit(self, seconds: float) -> None:
-        self._limit = seconds
-        self._heartbeats += 1
-        self._channel.set_timeout(datetime.timedelta(seconds=seconds))
 
     # ------------------------------------------------------------------------------------------ in the thread
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simclr.beton import BetonError, Facts, load_facts
-from simclr.config import TrainConfig, from_json, settings_of
+from simclr.config import TrainConfig, from_values, settings_of
 from simclr.run import runlog
 
 _PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -52,7 +51,7 @@ def config_to_repeat(source: Path) -> TrainConfig:
     if "config" not in manifest or "facts" not in manifest:
         raise ValueError(f"{path} tells no settings to repeat; name the folder of a run, or its {runlog.MANIFEST}")
     try:
-        config = from_json(TrainConfig, json.dumps(manifest["config"]))
+        config = from_values(TrainConfig, manifest["config"])
     except ValueError as error:
         raise ValueError(f"{path} cannot be repeated by this version: {error}") from error
     commands = [session.get("environment", {}).get("command", "") for session in manifest.get("sessions", [])]
@@ -85,7 +84,7 @@ def require_same_images(source: Path, config: TrainConfig) -> None:
         ValueError: If the data file is not there, or holds other images; the message says which are needed.
     """
     path, manifest = _read(source)
-    facts = from_json(Facts, json.dumps(manifest["facts"]))
+    facts = from_values(Facts, manifest["facts"])
     wanted = (
         f"{path} tells of {facts.num_images:,} images ({facts.source}) with content sha256 "
         f"{facts.content_sha256[:12]}...; name their file with --data"

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 import torch
@@ -183,19 +182,13 @@ class RunLog:
         if self._is_main:
             files.sync(self._file)
 
-    def close(self) -> None:
-        """End the progress bar and the file."""
-        if self._is_main:
-            self._bar.close()
-            self._file.close()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *exception: object) -> None:
+        if self._is_main:
+            self._bar.close()
+            self._file.close()
 
 
 class Status:
@@ -233,9 +226,7 @@ class Status:
             self._write("running")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if isinstance(error, Interrupted):
                 self._write("interrupted", str(error))
