@@ -6,11 +6,11 @@ batches ahead, or within the step, by numba on a CPU or by Triton on a GPU: noth
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import functools
 import os
-import queue
 import shutil
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
@@ -136,20 +136,17 @@ class ViewFeed:
 
         Raises:
             ValueError: At the call, as :meth:`simclr.data.ImageSource.batches`.
-            RuntimeError: While iterating, if the background thread has died. What it raised is raised here.
+            RuntimeError: While iterating in a forked process, which has no background thread.
         """
         if self.method == "triton":
             return (self.make(*recipe) for recipe in self.recipes(plan, epoch=epoch, start_step=start_step))
-        made = self._views(self.source.batches(plan, epoch=epoch, start_step=start_step), epoch)
+        batches = self.source.batches(plan, epoch=epoch, start_step=start_step)
+        made = (self._make(batch, epoch) for batch in batches)
         if not self.in_background:
             return made
         self.close()
-        self._running = Ahead(made, AHEAD, _same_stream(self.device))
+        self._running = Ahead(made, AHEAD, _begin_on(self.device))
         return self._running
-
-    def _views(self, batches: Iterator[Batch], epoch: int) -> Generator[Tensor]:
-        for batch in batches:
-            yield self._make(batch, epoch)
 
     def recipes(self, plan: EpochPlan, *, epoch: int = 0, start_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield what :meth:`make` makes the views of each batch from; for steps that make them themselves, with Triton.
@@ -306,18 +303,6 @@ def _triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _same_stream(device: torch.device) -> Callable[[], torch.cuda.StreamContext] | None:
-    """Return a context in which another thread works on this thread's GPU and stream.
-
-    Both are chosen per thread. On the same stream, the views are there before the step that takes them, and their
-    memory is not used again before that step has ended, without any event.
-    """
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.current_stream(device)
-    return lambda: torch.cuda.stream(stream)
-
-
 class Ahead(Generic[_Item]):
     """Takes items from a generator in a thread of its own, a few ahead of whoever iterates.
 
@@ -325,77 +310,49 @@ class Ahead(Generic[_Item]):
     does the end of the items.
 
     Args:
-        items: Is run in the thread, and closed there.
-        depth: Items that may wait, >= 1.
-        context: Makes a context manager in which the thread works.
+        items: Is run in the thread.
+        depth: Items that may wait, >= 1, besides the one that is made.
+        begin: Is called in the thread first.
     """
 
-    def __init__(
-        self, items: Generator[_Item], depth: int, context: Callable[[], torch.cuda.StreamContext] | None = None
-    ) -> None:
-        self._items, self._context = items, context
-        self._ready: queue.Queue[tuple[_Item] | BaseException | None] = queue.Queue(depth)
-        self._stop = threading.Event()
+    def __init__(self, items: Generator[_Item], depth: int, begin: Callable[[], object] | None = None) -> None:
+        self._items, self._process = items, os.getpid()
         self._ended = False  # by what the generator did
-        self._thread = threading.Thread(target=self._run, name="views", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            if self._context is None:
-                self._produce()
-            else:
-                with self._context():
-                    self._produce()
-        except BaseException as error:  # raised again by whoever iterates
-            self._put(error)
-        else:
-            self._put(None)
-
-    def _produce(self) -> None:
-        try:
-            for item in self._items:
-                self._put((item,))
-                if self._stop.is_set():
-                    break
-        finally:
-            self._items.close()
-
-    def _put(self, entry: tuple[_Item] | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(entry, timeout=0.1)
-            except queue.Full:
-                pass
-        return None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "ahead", begin)
+        self._waiting = collections.deque(self._thread.submit(next, items) for _ in range(depth + 1))
 
     def __iter__(self) -> Iterator[_Item]:
         return self
 
     def __next__(self) -> _Item:
-        while not self._stop.is_set():
-            was_alive = self._thread.is_alive()  # asked first: what it handed over before it ended is not lost
-            try:
-                entry = self._ready.get(timeout=0.2)
-            except queue.Empty:
-                if was_alive:
-                    continue
-                self._ended = True
-                self.close()
-                raise RuntimeError(
-                    "the background thread that makes views is gone: threads do not survive a fork of the process"
-                ) from None
-            if isinstance(entry, tuple):
-                return entry[0]
-            self._ended = True
-            self.close()
-            if entry is not None:
-                raise entry
-        if not self._ended:  # an epoch must not look shorter than it is
+        if self._ended:
+            raise StopIteration
+        if os.getpid() != self._process:
+            raise RuntimeError("views are made by a thread, and threads do not survive a fork of the process")
+        if not self._waiting:  # an epoch must not look shorter than it is
             raise RuntimeError("the views were closed before their end; ask the feed for batches again")
-        raise StopIteration
+        try:
+            item = self._waiting.popleft().result()
+        except BaseException as error:
+            self._ended = isinstance(error, StopIteration)
+            self.close()
+            raise
+        self._waiting.append(self._thread.submit(next, self._items))
+        return item
 
     def close(self) -> None:
         """End the thread and wait for it. May be called twice."""
-        self._stop.set()
-        self._thread.join()
+        self._waiting.clear()
+        self._thread.shutdown(cancel_futures=True)
+        self._items.close()
+
+
+def _begin_on(device: torch.device) -> Callable[[], object] | None:
+    """Return what lets another thread work on this thread's GPU and stream; None on the CPU.
+
+    Both are chosen per thread. On the same stream, the views are there before the step that takes them, and their
+    memory is not used again before that step has ended, without any event.
+    """
+    if device.type != "cuda":
+        return None
+    return functools.partial(torch.cuda.set_stream, torch.cuda.current_stream(device))  # and its device

@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageSource]:
 
 
 def views_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "views"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def by_hand(source: ImageSource, epoch: int, start_step: int = 0, side: int = 32) -> list[Tensor]:
