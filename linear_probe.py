@@ -318,15 +318,19 @@ def measure_baselines(probe: Probe) -> Iterator[Row]:
     yield measure_encoder(probe, "untrained encoder", untrained).row
 
 
-def measure_pixels(probe: Probe) -> Row:
-    """Measure the images themselves, less the mean training image."""
-    started, normalisation = time.perf_counter(), probe.pretrained.facts.normalisation
-    train = evaluation.raw_pixel_features(probe.train, probe.labelled, normalisation=normalisation)
+def pixels(probe: Probe) -> tuple[Features, Features]:
+    """Return training and test images as features themselves, normalised, less the mean training image."""
+    train, test = (features_of(probe, nn.Flatten(), source) for source in (probe.train, probe.test))
     centre = train.representation.double().mean(dim=0).float()
-    train.representation.sub_(centre)
-    test = evaluation.raw_pixel_features(
-        probe.test, probe.images(probe.test), normalisation=normalisation, centre=centre
-    )
+    for features in (train, test):
+        features.representation.sub_(centre)
+    return train, test
+
+
+def measure_pixels(probe: Probe) -> Row:
+    """Measure the images themselves."""
+    started = time.perf_counter()
+    train, test = pixels(probe)
     knn = knn_validation(probe, train), knn_accuracy(probe, train, test)
     scores = None
     if probe.config.mode == "linear":  # there is nothing to fine-tune in pixels

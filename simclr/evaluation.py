@@ -146,7 +146,7 @@ def extract_features(
     own = indices[rank * n // world_size : (rank + 1) * n // world_size]
     representations, labels, seen = [], [], []
     with evaluating(encoder), torch.inference_mode():
-        for batch in _batches_in_order(source, own, batch_size):
+        for batch in source.batches(EpochPlan(own, batch_size, shuffle=False, drop_last=False)):
             image = plain_view(batch.image.to(device, non_blocking=True), mean=mean, std=std, size=size)
             with _autocast(device, dtype):
                 representations.append(encoder(image.double() if dtype == torch.float64 else image).float())
@@ -162,41 +162,6 @@ def extract_features(
         bad = int((~representation.isfinite().all(dim=1)).sum())
         raise DivergedError(f"{bad} of {n} representations are not finite: the encoder's weights have diverged")
     return Features(representation, label, index)
-
-
-def raw_pixel_features(
-    source: ImageSource,
-    indices: NDArray[np.int64],
-    *,
-    normalisation: Normalisation | None = None,
-    centre: Tensor | None = None,
-) -> Features:
-    """Return the pixels themselves as features, the baseline that any encoder should pass.
-
-    Args:
-        source: Images.
-        indices: Which images, int64 (n,).
-        normalisation: As :func:`extract_features`.
-        centre: What to subtract from each image, float32 (D,) on the source's device, such as the mean training image;
-            None for nothing.
-
-    Returns:
-        Features on the source's device: float32 (n, 3 * H * W), channels first, less the channel mean, over the channel
-        standard deviation, less ``centre``.
-    """
-    mean, std = source.facts.normalisation if normalisation is None else normalisation
-    pixels, labels, seen = [], [], []
-    for batch in _batches_in_order(source, indices, 512):
-        rows = plain_view(batch.image, mean=mean, std=std).contiguous().flatten(1)
-        pixels.append(rows if centre is None else rows - centre)
-        labels.append(batch.label)
-        seen.append(batch.index.to(batch.label.device))
-    return Features(torch.cat(pixels), torch.cat(labels), torch.cat(seen))
-
-
-def _batches_in_order(source: ImageSource, indices: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
-    plan = EpochPlan(indices=indices, global_batch_size=batch_size, shuffle=False, drop_last=False)
-    return source.batches(plan)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -162,27 +162,6 @@ def test_every_rank_gets_the_features_of_one_process(file: Path, world_size: int
         assert torch.equal(answer[2], index)
 
 
-def test_raw_pixels_are_normalised_then_centred_by_the_mean_training_image(source: ImageSource) -> None:
-    images, labels = beton.read(source.path)
-    train, rest = np.arange(40), np.arange(40, NUM_IMAGES)
-    centre = evaluation.raw_pixel_features(source, train, normalisation=NORMALISATION).representation.mean(dim=0)
-    features = evaluation.raw_pixel_features(source, rest, normalisation=NORMALISATION, centre=centre)
-    mean, std = np.array(NORMALISATION)
-    pixels = ((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(NUM_IMAGES, -1)
-    np.testing.assert_allclose(features.representation, pixels[rest] - pixels[train].mean(axis=0), atol=1e-5)
-    assert features.label.tolist() == labels[rest].tolist()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="would show that raw pixels of images on a GPU can be split")
-def test_raw_pixels_of_images_on_a_gpu_are_those_of_the_cpu(source: ImageSource) -> None:
-    with open_images(source.path, backend="memory", device="cuda") as on_gpu:
-        found = evaluation.raw_pixel_features(on_gpu, np.arange(40)).rows(np.array([3, 1]))
-    expected = evaluation.raw_pixel_features(source, np.arange(40)).rows(np.array([3, 1]))
-    assert found.index.tolist() == expected.index.tolist() == [3, 1]
-    torch.testing.assert_close(found.representation.cpu(), expected.representation)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # k nearest neighbours
 

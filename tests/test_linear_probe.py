@@ -244,6 +244,19 @@ def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path, monkey
     assert evaluation.fingerprint(measured[0]) == evaluation.fingerprint(SimCLR(MODEL, SIDE).encoder)
 
 
+def test_pixels_are_normalised_as_in_pretraining_then_centred_by_the_mean_training_image(
+    place: Path, tmp_path: Path
+) -> None:
+    with probe.open_probe(settings(place, tmp_path)) as opened:
+        found = linear_probe.pixels(opened)
+        mean, std = np.array(opened.pretrained.facts.normalisation)
+        files = [beton.read(source.path) for source in (opened.train, opened.test)]
+    expected = [((images / 255 - mean) / std).transpose(0, 3, 1, 2).reshape(len(images), -1) for images, _ in files]
+    for features, pixels, (_, labels) in zip(found, expected, files, strict=True):
+        np.testing.assert_allclose(features.representation, pixels - expected[0].mean(axis=0), atol=1e-5)
+        assert features.label.tolist() == labels.tolist()
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"features": "augmented"}, {"mode": "finetune", "epochs": 2}],
