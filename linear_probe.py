@@ -230,17 +230,9 @@ def stored_images(probe: Probe, train: Features) -> BatchesOf:
 
 def new_views(probe: Probe, encoder: nn.Module) -> BatchesOf:
     """Return features of augmented images, anew in each epoch."""
-    config = probe.config
+    normalisation = probe.pretrained.facts.normalisation
     return lambda which: evaluation.augmented_batches(
-        encoder,
-        probe.train,
-        which,
-        view=config.view,
-        normalisation=probe.pretrained.facts.normalisation,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=probe.device,
-        dtype=evaluation.autocast_dtype(config),
+        encoder, probe.train, which, probe.config, normalisation=normalisation, device=probe.device
     )
 
 

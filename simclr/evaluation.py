@@ -24,7 +24,7 @@ from simclr.config import ProbeConfig
 from simclr.data import EpochPlan
 from simclr.optim import learning_rate_at
 from simclr.unit_length import unit_rows
-from simclr.views import ViewSpec, apply_view, plain_view, sample_parameters
+from simclr.views import View, plain_view
 
 if TYPE_CHECKING:
     from simclr.beton import Facts
@@ -369,21 +369,18 @@ def augmented_batches(
     encoder: nn.Module,
     source: ImageSource,
     indices: NDArray[np.int64],
+    config: ProbeConfig,
     *,
-    view: ViewSpec,
     normalisation: Normalisation,
-    batch_size: int,
-    seed: int,
     device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
 ) -> Batches:
     """Return batches of features of augmented images, computed anew each epoch by an encoder that is not trained."""
-    plan = EpochPlan(indices, global_batch_size=batch_size, seed=seed, drop_last=False)
+    plan = EpochPlan(indices, global_batch_size=config.batch_size, seed=config.seed, drop_last=False)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in source.batches(plan, epoch=epoch):
-            image = _augment(batch, view, normalisation, seed=seed, epoch=epoch, device=device)
-            with torch.no_grad(), _autocast(device, dtype):
+            image = _augment(batch, config, normalisation, epoch, device)
+            with torch.no_grad(), _autocast(device, autocast_dtype(config)):
                 representation = encoder(image)
             yield representation.float(), batch.label.to(device)
 
@@ -617,7 +614,7 @@ def fine_tune(
         for step, batch in enumerate(source.batches(plan, epoch=epoch), start=epoch * len(plan)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, peak=candidate.learning_rate, total_steps=total_steps)
-            image = _augment(batch, config.view, normalisation, seed=config.seed, epoch=epoch, device=device)
+            image = _augment(batch, config, normalisation, epoch, device)
             with _autocast(device, dtype):
                 representation = model.encoder(image)
             loss = F.cross_entropy(model.head(representation.float()), batch.label.to(device))
@@ -642,19 +639,11 @@ def autocast_dtype(config: ProbeConfig) -> torch.dtype:
 
 
 def _augment(
-    batch: Batch,
-    view: ViewSpec,
-    normalisation: Normalisation,
-    *,
-    seed: int,
-    epoch: int,
-    device: torch.device | str,
+    batch: Batch, config: ProbeConfig, normalisation: Normalisation, epoch: int, device: torch.device | str
 ) -> Tensor:
-    """Return one view of each image, float32 (b, 3, H, W). Pretraining draws views 1 and 2; this is view 0."""
-    height, width = batch.image.shape[1:3]
-    parameters = sample_parameters(view, batch.index, seed=seed, epoch=epoch, view=0, height=height, width=width)
-    mean, std = normalisation
-    return apply_view(batch.image.to(device), parameters, view, size=height, mean=mean, std=std)
+    """Return a view of each image, of the stored size. It is view 0: pretraining draws views 1 and 2."""
+    view = View(batch.index, config.seed, epoch, 0, config.view, batch.image.shape[1])
+    return view.standard(batch.image.to(device), *normalisation)
 
 
 def _autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:

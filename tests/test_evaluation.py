@@ -430,9 +430,8 @@ def test_no_candidates_and_labels_out_of_range_are_refused() -> None:
 
 def test_augmented_features_are_of_new_views_in_each_epoch(source: ImageSource) -> None:
     encoder, indices = an_encoder().eval(), np.arange(20)
-    batches = evaluation.augmented_batches(
-        encoder, source, indices, view=FLIP_AND_CROP, normalisation=NORMALISATION, batch_size=8, seed=4, device="cpu"
-    )
+    config = ProbeConfig(Path("run"), view=FLIP_AND_CROP, batch_size=8, seed=4, precision="fp32")
+    batches = evaluation.augmented_batches(encoder, source, indices, config, normalisation=NORMALISATION, device="cpu")
     images, labels = beton.read(source.path)
     first, label = (torch.cat(parts) for parts in zip(*batches(0), strict=True))
     assert sorted(label.tolist()) == sorted(labels[indices].tolist())

@@ -82,33 +82,21 @@ def two_views(
         ValueError: As ``sample_parameters`` and ``apply_view``.
     """
     require_images(image)
-    if augmentation != "standard":
-        own_1, own_2 = (
-            own_view(augmentation, image, View(indices, seed, epoch, number, spec, size), mean=mean, std=std)
-            for number, spec in ((1, spec_1), (2, spec_2))
-        )
-        return own_1, own_2
-    height, width = image.shape[1:3]
-    view_1, view_2 = (
-        apply_view(
-            image,
-            sample_parameters(spec, indices, seed=seed, epoch=epoch, view=view, height=height, width=width),
-            spec,
-            size=size,
-            mean=mean,
-            std=std,
-        )
-        for view, spec in ((1, spec_1), (2, spec_2))
+    view_1, view_2 = (View(indices, seed, epoch, number, spec, size) for number, spec in ((1, spec_1), (2, spec_2)))
+    if augmentation == "standard":
+        return view_1.standard(image, mean, std), view_2.standard(image, mean, std)
+    return (
+        own_view(augmentation, image, view_1, mean=mean, std=std),
+        own_view(augmentation, image, view_2, mean=mean, std=std),
     )
-    return view_1, view_2
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One view of each image of a batch, for a function that somebody has registered to make its pixels from.
+    """One view of each image of a batch; also what a function that somebody has registered makes its pixels from.
 
-    All that it gives is a function of seed, epoch, image and view, so that such views are the same on every number of
-    devices and after a resume, as the standard ones are.
+    All that it gives is a function of seed, epoch, image and view, so that views are the same on every number of
+    devices and after a resume.
     """
 
     indices: NDArray[np.integer[Any]] | Tensor
@@ -116,7 +104,7 @@ class View:
     seed: int
     epoch: int
     number: int
-    """1 or 2."""
+    """1 or 2 in pretraining, 0 in evaluations."""
     spec: ViewSpec
     """The settings --view-1 or --view-2."""
     size: int
@@ -128,8 +116,8 @@ class View:
         u = uniforms(keys, range(Slot.OWN, Slot.OWN + number))
         return torch.from_numpy(np.floor(u * 2**24) * 2.0**-24).float().to(device)  # rounded down, so never to 1
 
-    def standard(self, image: Tensor) -> Tensor:
-        """Return the standard view, pixels in [0, 1], float32 (b, 3, S, S), to be changed further."""
+    def standard(self, image: Tensor, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)) -> Tensor:
+        """Return the standard view, float32 (b, 3, S, S): pixels in [0, 1], less ``mean``, over ``std``."""
         height, width = image.shape[1:3]
         parameters = sample_parameters(
             self.spec,
@@ -140,7 +128,7 @@ class View:
             height=height,
             width=width,
         )
-        return apply_view(image, parameters, self.spec, size=self.size, mean=(0, 0, 0), std=(1, 1, 1))
+        return apply_view(image, parameters, self.spec, size=self.size, mean=mean, std=std)
 
 
 @torch.no_grad()
