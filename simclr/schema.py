@@ -38,6 +38,7 @@ Size = Annotated[int, Must(lambda value: 1 <= value < 2**63, "at least 1, and be
 Seed = Annotated[int, Must(lambda value: 0 <= value < 2**64, "0 to 2^64 - 1")]
 Positive = Annotated[float, Must(lambda value: value > 0, "> 0")]
 NotNegative = Annotated[float, Must(lambda value: value >= 0, "at least 0")]
+Share = Annotated[float, Must(lambda value: 0 <= value <= 1, "in [0, 1]")]
 
 _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 

@@ -677,34 +677,35 @@ def test_cuda_gives_the_views_of_the_cpu_without_waiting() -> None:
         ("crop_scale", (0.0, 1.0), "0 < low <= high <= 1"),
         ("crop_scale", (0.2, 1.1), "0 < low <= high <= 1"),
         ("crop_scale", (0.9, 0.2), "0 < low <= high <= 1"),
-        ("crop_scale", 0.2, "0 < low <= high <= 1"),
-        ("crop_scale", (math.nan, 1.0), "0 < low <= high <= 1"),
+        ("crop_scale", 0.2, "a list of 2"),
+        ("crop_scale[0]", (math.nan, 1.0), "a finite number"),
         ("crop_ratio", (0.0, 1.0), "0 < low <= high"),
-        ("crop_ratio", (1.0, math.inf), "0 < low <= high"),
-        ("crop_ratio", (1.0, 1.0, 1.0), "0 < low <= high"),
-        ("interpolation", "nearest", "bilinear, bicubic"),
+        ("crop_ratio[1]", (1.0, math.inf), "a finite number"),
+        ("crop_ratio", (1.0, 1.0, 1.0), "a list of 2"),
+        ("interpolation", "nearest", "one of bilinear, bicubic"),
         ("flip_probability", 1.1, "[0, 1]"),
         ("jitter_probability", -0.1, "[0, 1]"),
-        ("grayscale_probability", "0.2", "[0, 1]"),
-        ("blur_probability", math.nan, "[0, 1]"),
-        ("solarise_probability", True, "[0, 1]"),
-        ("brightness", -0.4, "finite and >= 0"),
-        ("contrast", math.inf, "finite and >= 0"),
-        ("saturation", None, "finite and >= 0"),
+        ("grayscale_probability", "0.2", "a number"),
+        ("blur_probability", math.nan, "a finite number"),
+        ("solarise_probability", True, "a number"),
+        ("brightness", -0.4, "at least 0"),
+        ("contrast", math.inf, "a finite number"),
+        ("saturation", None, "a number"),
         ("hue", 0.6, "[0, 0.5]"),
         ("blur_sigma", (0.0, 2.0), "0 < low <= high"),
-        ("blur_sigma", ("a", "b"), "0 < low <= high"),
-        ("blur_kernel", 4, "odd integer >= 1"),
-        ("blur_kernel", -1, "odd integer >= 1"),
-        ("blur_kernel", 3.0, "odd integer >= 1"),
-        ("solarise_threshold", 128, "[0, 1]"),
+        ("blur_sigma[0]", ("a", "b"), "a number"),
+        ("blur_kernel", 4, "an odd number, or None"),
+        ("blur_kernel", -1, "at least 1"),
+        ("blur_kernel", 3.0, "a whole number"),
+        ("solarise_threshold", 128.0, "[0, 1]"),
     ],
 )
 def test_spec_names_field_value_and_range(field: str, value: Any, allowed: str) -> None:
-    with pytest.raises(ValueError, match=field) as error:
-        ViewSpec(**{field: value})
-    assert str(error.value).startswith(f"{field} must be ")
-    assert repr(value) in str(error.value)
+    name, _, place = field.partition("[")
+    given = value[int(place[0])] if place else value
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - most of the message is compared
+        ViewSpec(**{name: value})
+    assert str(error.value).startswith(f"{field} is {given!r}, expected ")
     assert allowed in str(error.value)
 
 

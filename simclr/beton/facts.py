@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from simclr.beton.format import Encoding
 from simclr.run.files import PathLike
-from simclr.schema import Count, Must, Size, from_values, require
+from simclr.schema import Count, Must, Share, Size, from_values, require
 
 SIDECAR_VERSION = 1
 HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --help (add --force to replace them)"
 Quality = Annotated[int, Must(lambda value: 1 <= value <= 100, "1 to 100")]
-Fraction = Annotated[float, Must(lambda value: 0 <= value <= 1, "in [0, 1]")]
 Sha256 = Annotated[str, Must(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
 
 
@@ -64,8 +63,8 @@ class Facts:
     lossy_source: bool
     classes: tuple[str, ...]
     class_counts: tuple[Count, ...]
-    channel_mean: tuple[Fraction, Fraction, Fraction]
-    channel_std: tuple[Fraction, Fraction, Fraction]
+    channel_mean: tuple[Share, Share, Share]
+    channel_std: tuple[Share, Share, Share]
     content_sha256: Sha256
     file_bytes: Size
     file_sha256: Sha256

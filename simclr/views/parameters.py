@@ -49,11 +49,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from simclr.schema import Must, NotNegative, Share, Size, check_fields
 
 CROP_ATTEMPTS = 10
 _MASK = 2**64 - 1
@@ -61,6 +63,12 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 Interpolation = Literal["bilinear", "bicubic"]
+Interval = Annotated[tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1], "(low, high) with 0 < low <= high")]
+Areas = Annotated[
+    tuple[float, float], Must(lambda ends: 0 < ends[0] <= ends[1] <= 1, "(low, high) with 0 < low <= high <= 1")
+]
+Turns = Annotated[float, Must(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
+Odd = Annotated[Size, Must(lambda value: value % 2 == 1, "an odd number, or None")]
 
 
 class Slot(IntEnum):
@@ -128,40 +136,24 @@ class ViewSpec:
         section 2.2, for solarise and views with different settings.
     """
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_scale: Areas = (0.2, 1.0)
+    crop_ratio: Interval = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
-    flip_probability: float = 0.5
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grayscale_probability: float = 0.2
-    blur_probability: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int | None = None
-    solarise_probability: float = 0.0
-    solarise_threshold: float = 0.5
+    flip_probability: Share = 0.5
+    jitter_probability: Share = 0.8
+    brightness: NotNegative = 0.4
+    contrast: NotNegative = 0.4
+    saturation: NotNegative = 0.4
+    hue: Turns = 0.1
+    grayscale_probability: Share = 0.2
+    blur_probability: Share = 0.0
+    blur_sigma: Interval = (0.1, 2.0)
+    blur_kernel: Odd | None = None
+    solarise_probability: Share = 0.0
+    solarise_threshold: Share = 0.5
 
     def __post_init__(self) -> None:
-        # A spec read back from JSON has lists where tuples were written; equality and hashing want tuples.
-        for name, high in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):
-            object.__setattr__(self, name, _range(name, getattr(self, name), high))
-        if self.interpolation not in get_args(Interpolation):
-            raise ValueError(
-                f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {self.interpolation!r}"
-            )
-        for field in fields(self):
-            if field.name.endswith("_probability"):
-                _require_number(field.name, getattr(self, field.name), 0, 1)
-        for name in ("brightness", "contrast", "saturation"):
-            _require_number(name, getattr(self, name), 0, math.inf)
-        _require_number("hue", self.hue, 0, 0.5)
-        _require_number("solarise_threshold", self.solarise_threshold, 0, 1)
-        kernel = self.blur_kernel
-        if kernel is not None and (not is_integer(kernel) or kernel < 1 or kernel % 2 == 0):
-            raise ValueError(f"blur_kernel must be None or an odd integer >= 1, got {kernel!r}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -379,25 +371,6 @@ def _sample_crops(
 def is_integer(value: object) -> bool:
     """Whether this is an integer of Python's or numpy's, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_number(name: str, value: object, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= value <= high:
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and >= {low:g}"
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-
-
-def _range(name: str, value: object, high: float) -> tuple[float, float]:
-    if isinstance(value, tuple | list) and len(value) == 2:
-        first, last = value
-        if _is_number(first) and _is_number(last) and 0 < first <= last <= high:
-            return (float(first), float(last))
-    bound = f" <= {high:g}" if math.isfinite(high) else ", both finite"
-    raise ValueError(f"{name} must be (low, high) with 0 < low <= high{bound}, got {value!r}")
 
 
 def require_fitting(p: ViewParameters, image: Tensor) -> None:
