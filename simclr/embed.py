@@ -369,8 +369,7 @@ class Journal:
                         "--force, or choose another --output"
                     )
             else:
-                with files.atomic_write(path) as file:
-                    file.write(json.dumps(job).encode())
+                files.replace(path, json.dumps(job), durable=True)
             journal = cls(folder, width, lock)
             try:
                 yield journal
@@ -427,8 +426,7 @@ class _Npy:
         """Write all rows, in that order."""
         path.unlink(missing_ok=True)  # so that no one ever finds numbers beside other names
         names = {**about, "files": [as_text(row.name) for row in rows]}
-        with files.atomic_write(self._names(path)) as file:
-            file.write(json.dumps(names, indent=1).encode())
+        files.replace(self._names(path), json.dumps(names, indent=1), durable=True)
         with files.atomic_write(path) as file:
             shape = (len(rows), journal.width)
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})

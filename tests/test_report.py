@@ -30,7 +30,7 @@ from simclr.config import LossConfig, ProbeConfig, TrainConfig
 from simclr.data import open_images
 from simclr.evaluation import Candidate, Curve, Features
 from simclr.models import ModelConfig
-from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, fonts, health, pdf, pictures
+from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, fonts, health, page, pictures
 from simclr.report.pictures import Map, Neighbours, ViewPairs
 from simclr.views import ViewSpec, describe
 
@@ -412,7 +412,7 @@ def test_every_figure_is_drawn_for_light_and_dark_pages(written: Path) -> None:
 def test_without_weasyprint_the_way_out_is_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)
     with pytest.raises(ValueError, match=r"pdf needs WeasyPrint.*pip install 'simclr\[pdf\]'"):
-        pdf.require_pdf()
+        page.require_pdf()
     with pytest.raises(ValueError, match="pip install"):
         linear_probe.main(ProbeConfig(run=Path("nowhere"), pdf=True))
 
@@ -420,7 +420,7 @@ def test_without_weasyprint_the_way_out_is_named_before_anything_is_done(monkeyp
 @pytest.mark.pdf
 def test_the_report_is_written_as_pdf(tmp_path: Path) -> None:
     try:
-        pdf.require_pdf()
+        page.require_pdf()
     except ValueError as missing:  # Pango is not of Python
         pytest.skip(str(missing))
     written_anew(tmp_path, a_result(config=dataclasses.replace(a_result().config, pdf=True)))

@@ -19,8 +19,7 @@ from simclr.evaluation import Candidate
 from simclr.report.figures import MOST_IN_LEGEND, MOST_NAMED_CLASSES, draw_all
 from simclr.report.fonts import lettering
 from simclr.report.health import duration_of, findings
-from simclr.report.page import write_page
-from simclr.report.pdf import require_pdf, write_pdf
+from simclr.report.page import require_pdf, write_page, write_pdf
 from simclr.report.pictures import Pictures, find_neighbours, make_map, view_pairs
 from simclr.report.results import ProbeResult, Row, Scores, Trial, to_plain
 from simclr.run.checkpoint import CLASSIFIER

@@ -92,6 +92,12 @@ def atomic_write(path: PathLike, *, durable: bool = True) -> Iterator[io.Buffere
             temporary.unlink(missing_ok=True)
 
 
+def replace(path: PathLike, content: bytes | str, *, durable: bool = False) -> None:
+    """Give a file another content, by :func:`atomic_write`; text is written in UTF-8."""
+    with atomic_write(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 @contextlib.contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
     """Make a new folder that takes the name ``path`` at the end of the ``with`` block, unless that raises.

@@ -395,7 +395,7 @@ def write_json(path: Path, value: Any) -> None:
             return str(entry)
         raise TypeError(f"a {type(entry).__name__} cannot be written as JSON: {entry!r}")
 
-    _replace_text(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
+    files.replace(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -468,13 +468,8 @@ def _keep_lines_until(path: Path, step: int) -> float:
     if not path.exists():
         return 0.0
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
-    _replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    files.replace(path, "".join(json.dumps(line) + "\n" for line in kept))
     return float(kept[-1]["seconds"]) if kept else 0.0
-
-
-def _replace_text(path: Path, text: str) -> None:
-    with files.atomic_write(path, durable=False) as file:
-        file.write(text.encode())
 
 
 def _git_commit() -> str:
