@@ -39,7 +39,7 @@ from benchmarks.pipeline import lightly_transform, torchvision_transform
 from benchmarks.step import Loss, give_back_freed_memory, masked_nt_xent, open_run, plain_step
 from data_prep import shapes
 from data_prep.convert import Storage, convert
-from data_prep.find import find_one_split
+from data_prep.find import find
 from data_prep.image_folder import image_folder
 from simclr.beton import Facts
 from simclr.config import TrainConfig, derive
@@ -116,7 +116,7 @@ def draw_images(root: Path, number: int) -> Path:
 
 def take(images: Path, folder: Path, number: int | None) -> Path:
     """Return a folder with ``number`` of the images, as links, after reading them once."""
-    tree = find_one_split(images)
+    (tree,) = find(images).splits.values()
     which = np.arange(len(tree.paths))
     if number is not None:
         which = which[np.linspace(0, len(which) - 1, min(number, len(which))).astype(int)]
@@ -133,7 +133,8 @@ def measure(config: TrainConfig, images: Path, options: argparse.Namespace) -> d
     """Train on both sides, an epoch in turn, and return seconds and accuracies."""
     with contextlib.ExitStack() as stack:
         started = time.perf_counter()
-        facts = convert(image_folder(find_one_split(images), "train"), config.data, Storage())
+        (tree,) = find(images).splits.values()
+        facts = convert(image_folder(tree, "train"), config.data, Storage())
         converted = time.perf_counter() - started
         ours = Ours(stack, config)
         before = {OURS: time.perf_counter() - started}

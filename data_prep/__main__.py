@@ -29,12 +29,10 @@ def cifar10(
         download: Whether missing files may be downloaded.
         storage: How to store the images.
     """
-    from torchvision import datasets  # only the commands that need torchvision pay for its import
-
-    from data_prep.torchvision_sets import cifar
+    from data_prep.torchvision_sets import cifar  # only the commands that need torchvision pay for its import
 
     for split in ("train", "test"):
-        convert(cifar(datasets.CIFAR10, "CIFAR-10", root, split, download), output / f"{split}.beton", storage)
+        convert(cifar("CIFAR-10", root, split, download), output / f"{split}.beton", storage)
 
 
 def cifar100(
@@ -48,12 +46,10 @@ def cifar100(
         download: Whether missing files may be downloaded.
         storage: How to store the images.
     """
-    from torchvision import datasets
-
     from data_prep.torchvision_sets import cifar
 
     for split in ("train", "test"):
-        convert(cifar(datasets.CIFAR100, "CIFAR-100", root, split, download), output / f"{split}.beton", storage)
+        convert(cifar("CIFAR-100", root, split, download), output / f"{split}.beton", storage)
 
 
 def stl10(
@@ -182,19 +178,11 @@ def sidecar(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; user errors end it with a message and exit code 1."""
-    commands: dict[str, Callable[..., Any]] = {
-        "cifar10": cifar10,
-        "cifar100": cifar100,
-        "stl10": stl10,
-        "imagefolder": imagefolder,
-        "shapes": shapes,
-        "inspect": inspect,
-        "sidecar": sidecar,
-    }
+    commands: tuple[Callable[..., Any], ...] = (cifar10, cifar100, stl10, imagefolder, shapes, inspect, sidecar)
     try:
         with files.explain_refusals():
             tyro.extras.subcommand_cli_from_dict(
-                commands,
+                {command.__name__: command for command in commands},
                 prog="python -m data_prep",
                 description="One-time conversion of images to FFCV's .beton.",
                 args=arguments,

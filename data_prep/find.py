@@ -139,18 +139,6 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
     return found
 
 
-def find_one_split(root: Path) -> Tree:
-    """Return the images of a folder that is one split.
-
-    Raises:
-        ConversionError: As ``find``; or if it holds several splits.
-    """
-    splits = find(root).splits
-    if len(splits) > 1:
-        raise ConversionError(f"{root} holds the splits {', '.join(splits)}; name one of them")
-    return next(iter(splits.values()))
-
-
 def all_images(root: Path) -> tuple[list[str], Found]:
     """Find every image below a folder, whatever its folders mean.
 

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,11 @@ _FILTER: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # 
 _CHUNK = 1024
 
 
-def cifar(kind: type[datasets.CIFAR10], name: str, root: Path, split: str, download: bool) -> Source:
+def cifar(name: Literal["CIFAR-10", "CIFAR-100"], root: Path, split: str, download: bool) -> Source:
     """Return a split of CIFAR-10 or CIFAR-100, in the order of the official Python batches.
 
     Args:
-        kind: torchvision's class.
-        name: "CIFAR-10" or "CIFAR-100".
+        name: Which of the two.
         root: Folder of the downloaded files.
         split: "train" or "test".
         download: Whether missing files may be downloaded.
@@ -39,6 +38,7 @@ def cifar(kind: type[datasets.CIFAR10], name: str, root: Path, split: str, downl
     Raises:
         ConversionError: If the files are missing or damaged and could not be downloaded.
     """
+    kind = datasets.CIFAR10 if name == "CIFAR-10" else datasets.CIFAR100
     data = _load(kind, name, root, download, train=split == "train")
     return _source(f"{name} (official Python version)", split, data.classes, data.data, np.array(data.targets))
 

@@ -85,10 +85,11 @@ class SimCLR(nn.Module):
     def __init__(self, config: ModelConfig, image_size: int) -> None:
         super().__init__()
         self.encoder = make_encoder(config.encoder, config.stem, image_size)
-        self.representation_dim = _output_width(self.encoder, image_size)
+        self.representation_dim = self._width_for(image_size)
         self.projector = make_projector(config, self.representation_dim)
         if config.projector in parts.PROJECTORS:
-            _require_projections(config.projector, self.projector, self.representation_dim)
+            blank = torch.zeros(2, self.representation_dim)
+            _output_width(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and project.
@@ -104,18 +105,23 @@ class SimCLR(nn.Module):
 
     def require_size(self, image_size: int) -> None:
         """Raise ValueError unless the encoder also takes images of side ``image_size``, with the same D."""
-        width = _output_width(self.encoder, image_size)
+        width = self._width_for(image_size)
         if width != self.representation_dim:
             raise ValueError(
                 f"the encoder turns images of side {image_size} into {width} numbers, and others into "
                 f"{self.representation_dim}"
             )
 
+    def _width_for(self, image_size: int) -> int:
+        blank = torch.zeros(1, 3, image_size, image_size, device=next(self.encoder.parameters()).device)
+        return _output_width(self.encoder, blank, "the encoder", f"{image_size}x{image_size} images with this stem")
+
 
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     """Return a randomly initialised encoder (b, 3, H, W) -> (b, D). Errors as :class:`SimCLR`."""
-    if name.startswith("small_resnet_w"):
-        encoder: nn.Module = _small_resnet(name)
+    require_known_encoder(name)
+    if small := _SMALL_RESNET.fullmatch(name):
+        encoder: nn.Module = SmallResNet(int(small[1]), int(small[2]) if small[2] else None)
         _fit_first_layers(encoder, "conv1", "patch2" if stem == "auto" else stem, name)
         _require_right_gradients(encoder, name)
         return encoder
@@ -126,7 +132,6 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         assert isinstance(encoder.num_features, int)
         stage.append(widening(encoder.num_features, int(widened[2])))
         return encoder
-    require_known_encoder(name)
     import timm
 
     try:
@@ -140,17 +145,19 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         stem = "cifar" if image_size <= SMALL_IMAGE and facts is not None else "original"
     first_conv = facts.first_conv if facts else None
     is_transformer = isinstance(first_conv, str) and first_conv.startswith("patch_embed")
+    options: dict[str, Any] = {}
     if is_transformer:
         # A transformer has no strided stem to replace: small images get small patches, and the position
         # embedding is made for the image's size.
         options = {"img_size": image_size} | ({"patch_size": max(2, image_size // 8)} if stem != "original" else {})
-        encoder = _create(name, **options)
-    else:
-        encoder = _create(name)
-        if stem != "original":
-            if not isinstance(first_conv, str):
-                raise ValueError(f"timm does not say which layer of {name} is the first convolution; use stem original")
-            _fit_first_layers(encoder, first_conv, stem, name)
+    try:
+        encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name} with {options or 'its defaults'}: {error}") from error
+    if stem != "original" and not is_transformer:
+        if not isinstance(first_conv, str):
+            raise ValueError(f"timm does not say which layer of {name} is the first convolution; use stem original")
+        _fit_first_layers(encoder, first_conv, stem, name)
     _require_right_gradients(encoder, name)
     return encoder
 
@@ -238,24 +245,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _small_resnet(name: str) -> SmallResNet:
-    """Return small_resnet_wN or small_resnet_wN_dD, with the first layers of an ImageNet network."""
-    require_known_encoder(name)
-    match = _SMALL_RESNET.fullmatch(name)
-    assert match is not None
-    return SmallResNet(int(match[1]), int(match[2]) if match[2] else None)
-
-
-def _create(name: str, **options: Any) -> nn.Module:
-    import timm
-
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name} with {options or 'its defaults'}: {error}") from error
-    return model
-
-
 def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str) -> None:
     """Replace the first convolution by the stem's, and the max-pool behind it by nothing."""
     if stem == "original":
@@ -283,29 +272,15 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
         setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
 
 
-def _require_projections(name: str, projector: nn.Module, representation_dim: int) -> None:
-    """Check what a projector promises that somebody has registered: (b, D) -> (b, d)."""
-    was_training = projector.training
+def _output_width(module: nn.Module, blank: Tensor, whose: str, what: str) -> int:
+    """Return the width of a module's outputs for blank inputs: (b, ...) -> (b, width) is checked, not assumed."""
+    was_training = module.training
     try:
         with torch.no_grad():
-            z = projector.eval()(torch.zeros(2, representation_dim))
+            y = module.eval()(blank)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"the projector {name} cannot take (2, {representation_dim}): {error}") from error
-    projector.train(was_training)
-    if z.ndim != 2 or len(z) != 2:
-        raise ValueError(f"the projector {name} returns shape {tuple(z.shape)} for 2 representations, expected (2, d)")
-
-
-def _output_width(encoder: nn.Module, image_size: int) -> int:
-    """Return D by encoding one blank image: the promise (b, 3, H, W) -> (b, D) is checked, not assumed."""
-    was_training = encoder.training
-    try:
-        with torch.no_grad():
-            device = next(encoder.parameters()).device
-            h = encoder.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"the encoder cannot take {image_size}x{image_size} images with this stem: {error}") from error
-    encoder.train(was_training)
-    if h.ndim != 2:
-        raise ValueError(f"the encoder returns shape {tuple(h.shape)} for one image, expected (1, D)")
-    return int(h.shape[1])
+        raise ValueError(f"{whose} cannot take {what}: {error}") from error
+    module.train(was_training)
+    if y.ndim != 2 or len(y) != len(blank):
+        raise ValueError(f"{whose} returns shape {tuple(y.shape)} for {what}, expected ({len(blank)}, width)")
+    return int(y.shape[1])

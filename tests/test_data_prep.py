@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 
 from data_prep.__main__ import main
-from data_prep.find import find_one_split
+from data_prep.find import find
 from data_prep.image_folder import UNREADABLE
 from data_prep.read_image import resize_and_crop
 from simclr import beton
@@ -677,7 +677,7 @@ def test_jpeg_encoding_stores_the_quality_asked_for(tmp_path: Path, capsys: pyte
         assert (facts.encoding, facts.jpeg_quality, facts.lossy_source) == ("jpeg", quality, False)
     images, _ = beton.read(tmp_path / "95.beton")
     layout = beton.check(tmp_path / "95.beton")
-    tree = find_one_split(root)
+    (tree,) = find(root).splits.values()
     for i in (0, 63, 64, 89):
         stream = beton.encode_jpeg(np.asarray(Image.open(tree.paths[i])), 95)
         start = int(layout.offsets[i])

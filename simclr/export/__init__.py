@@ -131,10 +131,10 @@ def export(pretrained: Pretrained, options: Options) -> Path:
     with files.atomic_folder(folder) as new:
         (new / WEIGHTS).write_bytes(save(_weights(encoder), metadata))
         if options.program:
-            program = _make_program(model, images)
-            (new / PROGRAM).write_bytes(program.content)
+            program, content = _make_program(model, images)
+            (new / PROGRAM).write_bytes(content)
             if options.onnx != "no" and not lacking:
-                (new / ONNX).write_bytes(_make_onnx(program.program, model, images))
+                (new / ONNX).write_bytes(_make_onnx(program, model, images))
         config = _config(metadata, new, alone.config if alone else {})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written = sorted(path.name for path in new.iterdir())
@@ -245,13 +245,7 @@ def load_encoder(path: PathLike, device: torch.device | str = "cpu") -> Encoder:
 # The files
 
 
-@dataclass(frozen=True)
-class _Program:
-    program: torch.export.ExportedProgram
-    content: bytes
-
-
-def _make_program(model: ImageEncoder, images: Tensor) -> _Program:
+def _make_program(model: ImageEncoder, images: Tensor) -> tuple[torch.export.ExportedProgram, bytes]:
     """Return the encoder as torch.export's program, for any number of images, and the bytes of its file."""
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -266,7 +260,7 @@ def _make_program(model: ImageEncoder, images: Tensor) -> _Program:
     torch.export.save(program, buffer)
     read_back = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     _compare(PROGRAM, read_back, model, images)
-    return _Program(program, buffer.getvalue())
+    return program, buffer.getvalue()
 
 
 def _make_onnx(program: torch.export.ExportedProgram, model: ImageEncoder, images: Tensor) -> bytes:

@@ -52,13 +52,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recomputed(block: nn.Module, forward: Any, x: Tensor) -> Tensor:
-    contexts = functools.partial(_first_and_second_pass, block)
+    def contexts() -> tuple[Any, Any]:  # of the first and the second pass
+        return contextlib.nullcontext(), _on_copies_of_buffers(block)
+
     y: Tensor = checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
     return y
-
-
-def _first_and_second_pass(block: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _on_copies_of_buffers(block)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,9 @@ class Meter:
             for i, (loss, norm) in enumerate(zip(step_losses, norms, strict=True), start=1)
             if math.isfinite(norm)
         }
-        require_finite_losses({number: loss for number, (loss, _) in taken.items()})
+        for number, (loss, _) in taken.items():  # the same on every rank, so all stop
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {number}")
 
         loss = sum(loss for loss, _ in taken.values()) / len(taken) if taken else math.nan
         rate = derived.learning_rate(step - 1)
@@ -78,10 +80,3 @@ def collapse_measures(z1: Tensor, z2: Tensor) -> Tensor:
     unit_1, unit_2 = (unit_rows(z.float()) for z in (z1, z2))
     spread = unit_1.std(dim=0, correction=0).mean() * unit_1.shape[1] ** 0.5
     return torch.stack([(unit_1 * unit_2).sum(dim=1).mean(), spread])
-
-
-def require_finite_losses(losses_by_step: dict[int, float]) -> None:
-    """Stop if one of the last steps' losses is not finite. Every rank has the same values, so all stop."""
-    for step, loss in losses_by_step.items():
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at step {step}")
