@@ -6,6 +6,7 @@ one, so that their text is read on both.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -174,14 +175,12 @@ def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=epochs[-1] >= 3))
         return figure
 
-    def drawing(title: str, kind: str, series: Mapping[str, str]) -> Drawing:
-        return title, lambda theme: panel(theme, title, kind, series)
-
-    drawings = {}
+    drawings: dict[str, Drawing] = {}
     for name, title, kind, wanted in shown:
         series = {key: label for key, label in wanted.items() if measured(metrics, kind, key)[1]}
         if series:
-            drawings[f"pretraining-{name}"] = drawing(title, kind, series)
+            drawn = functools.partial(panel, title=title, kind=kind, series=series)
+            drawings[f"pretraining-{name}"] = title, drawn
     return drawings
 
 
@@ -202,10 +201,9 @@ def pairs_drawings(pairs: ViewPairs) -> dict[str, Drawing]:
             tile.title = name
         return draw_tiles(tiles, 4, theme, list(rows))
 
-    def drawing(start: int) -> Drawing:
-        return "Images, and two views of each", lambda theme: panel(theme, start)
-
-    return {f"pairs-{start // 4 + 1}": drawing(start) for start in range(0, len(pairs.stored), 4)}
+    title = "Images, and two views of each"
+    starts = range(0, len(pairs.stored), 4)
+    return {f"pairs-{start // 4 + 1}": (title, functools.partial(panel, start=start)) for start in starts}
 
 
 def neighbours_drawings(found: Neighbours, names: Sequence[str]) -> dict[str, Drawing]:
@@ -225,10 +223,9 @@ def neighbours_drawings(found: Neighbours, names: Sequence[str]) -> dict[str, Dr
         rows = [row(theme, i) for i in range(start, min(start + 4, len(found.query)))]
         return draw_tiles(rows, 1 + found.neighbour.shape[1], theme)
 
-    def drawing(start: int) -> Drawing:
-        return "Test images, and their nearest training images", lambda theme: panel(theme, start)
-
-    return {f"neighbours-{start // 4 + 1}": drawing(start) for start in range(0, len(found.query), 4)}
+    title = "Test images, and their nearest training images"
+    starts = range(0, len(found.query), 4)
+    return {f"neighbours-{start // 4 + 1}": (title, functools.partial(panel, start=start)) for start in starts}
 
 
 @dataclass
