@@ -347,22 +347,22 @@ runpy.run_path("train_simclr.py", run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
-    images: Path, one_process: Path, tmp_path: Path, launcher: str
+    images: Path, one_process: Path, tmp_path: Path
 ) -> None:
-    """Asked through a rank, then, going on, through the launcher."""
+    """Asked through a rank of torchrun's, then, going on, through accelerate's launcher, which is to end it too."""
     script, folder = tmp_path / "asks_to_stop.py", tmp_path / "run"
     script.write_text(ASKS_TO_STOP)
     _, *options = small_run(images, folder, 2)
-    command = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "accelerate": accelerate("cpu.yaml", "--num_processes", "2"),
-    }[launcher]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    by_accelerate = accelerate("cpu.yaml", "--num_processes", "2")
     env = environment(PYTHONPATH=str(ROOT))
     steps = [0]
-    for asked, number in (("rank", signal.SIGUSR1), ("launcher", signal.SIGTERM)):
-        status, output = run(*command, script, *options, env=env | {"ASKED": asked, "SIGNAL": str(int(number))})
+    for launcher, asked, number in (
+        (torchrun, "rank", signal.SIGUSR1),
+        (by_accelerate, "launcher", signal.SIGTERM),
+    ):
+        status, output = run(*launcher, script, *options, env=env | {"ASKED": asked, "SIGNAL": str(int(number))})
         assert status != 0, output
         said = json.loads((folder / "status.json").read_text())
         assert said["state"] == "interrupted", output
@@ -371,7 +371,7 @@ def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
         assert checkpoint.load_safely(folder / checkpoint.LAST)["step"] == said["step"]
         assert ("resuming:" in output) == (steps != [0])
         steps.append(said["step"])
-    status, output = run(*command, script, *options, env=env)
+    status, output = run(*by_accelerate, script, *options, env=env)
     assert status == 0, output
     assert f"resuming:   after step {steps[-1]} of {STEPS}" in output
     assert_is_the_run(folder, one_process, 2)
