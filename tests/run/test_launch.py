@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -380,8 +380,7 @@ def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
 # ------------------------------------------------------------------------------------------ before training
 
 
-def other_images(folder: Path, number: int, seed: int = 1) -> Path:
-    path = folder / f"{number}-{seed}.beton"
+def other_images(path: Path, number: int = NUM_IMAGES, seed: int = 1) -> Path:
     convert(shapes(seed, "train", number), path, Storage())
     return path
 
@@ -401,8 +400,9 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
     assert statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory")), ENTRY) == said
-    for other in (other_images(tmp_path, NUM_IMAGES), other_images(tmp_path, NUM_IMAGES + 1, seed=0)):
-        there = statement(dataclasses.replace(config, data=other), ENTRY)
+    other, more = other_images(tmp_path / "other.beton"), other_images(tmp_path / "more.beton", NUM_IMAGES + 1, seed=0)
+    for data in (other, more):
+        there = statement(dataclasses.replace(config, data=data), ENTRY)
         assert {name for name in said if said[name] != there[name]} == {"the data"}
 
 
@@ -431,45 +431,43 @@ def test_what_differs_is_named_with_the_ranks() -> None:
         launch.require_one_run([many, dict.fromkeys(many, "1")])
 
 
-OTHER_RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "learning rate": (
-        {"optimizer": OptimizerConfig(base_learning_rate=0.2)},
-        "optimizer.base_learning_rate is 0.1 on rank 0, 0.2 on rank 1",
-    ),
-    "epochs": ({"epochs": 3}, "epochs is 2 on rank 0, 3 on rank 1"),
-    "micro-batches": (
-        {"speed": SpeedConfig(micro_batch_size=4)},
-        "speed.micro_batch_size is None on rank 0, 4 on rank 1",
-    ),
-    "world size": ({"world_size": 3}, "world_size is 2 on rank 0, 3 on rank 1"),
-    "images": ({"data": "other"}, f"the data is {NUM_IMAGES} images with sha256"),
-    "more images": ({"data": "more"}, f", {NUM_IMAGES + 8} images with sha256"),
-    "no images": ({"data": "none"}, "none.beton"),
+EVERYTHING = {
+    "epochs": 3,
+    "optimizer": OptimizerConfig(base_learning_rate=0.2),
+    "speed": SpeedConfig(micro_batch_size=4),
+    "data": "other.beton",
+    "world_size": 3,
 }
+ALL_DIFFERENCES = (
+    "these processes are not one run: epochs is 2 on rank 0, 3 on rank 1; "
+    r"optimizer\.base_learning_rate is 0\.1 on rank 0, 0\.2 on rank 1; "
+    r"speed\.micro_batch_size is None on rank 0, 4 on rank 1; "
+    rf"the data is {NUM_IMAGES} images with sha256 \w+ on rank 0, {NUM_IMAGES} images with sha256 \w+ on rank 1; "
+    r"world_size is 2 on rank 0, 3 on rank 1\. "
+)
 
 
-def is_another_run(case: str, rank: int) -> None:
+def is_another_run(changes: dict[str, Any], rank: int) -> None:
     """Rank 1 is started by another command than rank 0."""
     main = train_simclr.main
 
     def changed(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = False) -> Path:
-        settings = {**OTHER_RUNS[case][0]}
-        if "data" in settings:
-            settings["data"] = config.data.with_name(f"{settings['data']}.beton")
-        return main(dataclasses.replace(config, **settings) if rank == 1 else config, signals, is_dry=is_dry)
+        if rank == 1:
+            name = changes.get("data", config.data.name)
+            config = dataclasses.replace(config, **changes | {"data": config.data.with_name(name)})
+        return main(config, signals, is_dry=is_dry)
 
     train_simclr.main = changed
 
 
 @pytest.fixture
-def two_sets(tmp_path: Path) -> TrainConfig:
-    """A run on two ranks, and beside its images others."""
-    for name, number, seed in (("train", NUM_IMAGES, 0), ("other", NUM_IMAGES, 1), ("more", NUM_IMAGES + 8, 0)):
-        other_images(tmp_path, number, seed)
-        for path in (tmp_path / f"{number}-{seed}.beton", beton.sidecar_path(tmp_path / f"{number}-{seed}.beton")):
-            path.rename(tmp_path / path.name.replace(f"{number}-{seed}", name))
+def two_sets(images: Path, tmp_path: Path) -> TrainConfig:
+    """A run on two ranks, and beside its images others, as many."""
+    for path in (images, beton.sidecar_path(images)):
+        shutil.copy(path, tmp_path)
+    other_images(tmp_path / "other.beton")
     return TrainConfig(
-        data=tmp_path / "train.beton",
+        data=tmp_path / images.name,
         output=tmp_path / "run",
         epochs=2,
         global_batch_size=BATCH,
@@ -480,32 +478,37 @@ def two_sets(tmp_path: Path) -> TrainConfig:
     )
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("case", OTHER_RUNS)
-def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
-    two_sets: TrainConfig, tmp_path: Path, case: str
-) -> None:
-    with ranks(two_sets, 2, tmp_path / "logs", functools.partial(is_another_run, case)) as running:
+def assert_both_refuse(config: TrainConfig, logs: Path, prepare: Callable[[int], None], message: str) -> None:
+    with ranks(config, 2, logs, prepare) as running:
         assert running.wait(60) == [1, 1]  # a few seconds, most of them for starting
         for rank in (0, 1):
-            assert OTHER_RUNS[case][1] in running.output(rank)
+            assert re.search(message, running.output(rank)), running.output(rank)
             assert "Traceback" not in running.output(rank)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(EVERYTHING, ALL_DIFFERENCES), ({"data": "none.beton"}, r"none\.beton")],
+    ids=["everything", "no images"],
+)
+def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
+    two_sets: TrainConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert_both_refuse(two_sets, tmp_path / "logs", functools.partial(is_another_run, changes), message)
     assert not (tmp_path / "run").exists()
 
 
 def opens_other_images(rank: int) -> None:
     """As where the file is replaced after the ranks have compared what they are about to read."""
-    is_another_run("images", rank)
+    is_another_run({"data": "other.beton"}, rank)
     setattr(train_simclr, "statement", lambda config, program: {})  # noqa: B010
 
 
 @pytest.mark.distributed
 def test_ranks_that_open_different_images_refuse_to_begin(two_sets: TrainConfig, tmp_path: Path) -> None:
-    with ranks(two_sets, 2, tmp_path / "logs", opens_other_images) as running:
-        assert running.wait(60) == [1, 1]
-        for rank in (0, 1):
-            assert "was replaced while the ranks opened it" in running.output(rank)
-            assert "Traceback" not in running.output(rank)
+    message = "was replaced while the ranks opened it"
+    assert_both_refuse(two_sets, tmp_path / "logs", opens_other_images, message)
 
 
 # The process ends late, as on a busy machine: time for torch to say that its wait was interrupted, if it was.
