@@ -62,7 +62,6 @@ QUICK_TESTS = [
     "test_a_hundred_classes_one_epoch_and_divergence_are_drawn",
     "test_a_kill_at_any_moment_leaves_a_whole_file",
     "test_a_log_that_finds_no_space_says_so_and_keeps_its_lines",
-    "test_a_run_is_running_as_long_as_its_process_holds_the_lock",
     "test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed",
     "test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing",
     "test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new",

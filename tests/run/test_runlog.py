@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -257,7 +258,9 @@ def test_the_status_tells_how_a_run_stands(
     assert runlog.saved_step(tmp_path) == last_step
 
 
-def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) -> None:
+def test_a_run_is_running_as_long_as_its_process_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with (
         runlog.locked(tmp_path, is_main=True),
         suppress(KeyError),
@@ -270,10 +273,9 @@ def test_a_run_is_running_as_long_as_its_process_holds_the_lock(tmp_path: Path) 
     assert runlog.read_status(tmp_path)["state"] == "failed"
     (tmp_path / runlog.STATUS).write_text(killed)  # as the process would have left it, had it been killed
     assert runlog.read_status(tmp_path) == told | {"state": runlog.DIED}
-    root = Path(__file__).parents[2]
-    words = [sys.executable, "-m", "simclr.run.runlog", str(tmp_path)]
-    shown = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
-    assert json.loads(shown) == told | {"state": runlog.DIED}
+    monkeypatch.setattr(sys, "argv", ["runlog", str(tmp_path)])
+    runpy.run_path(runlog.__file__, run_name="__main__")
+    assert json.loads(capsys.readouterr().out) == told | {"state": runlog.DIED}
     for damage in ("", "{}", "[]"):
         (tmp_path / runlog.STATUS).write_text(damage)
         with pytest.raises(ValueError, match=r"status\.json tells nothing of a run"):
