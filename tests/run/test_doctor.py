@@ -17,7 +17,7 @@ from simclr import beton
 from simclr.run import doctor
 from simclr.run.host import usable_cores
 from tests.helpers import forget_accelerate_state, small_disk
-from tests.run.test_launch import ROOT, environment, run
+from tests.launching import ROOT, TORCHRUN, environment, free_port, run
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,10 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
     beton.sidecar_path(damaged).write_bytes(beton.sidecar_path(images).read_bytes())
     (tmp_path / "file").touch()
     (tmp_path / "ffcv.py").write_text("raise ImportError('built for another machine')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     status, lines, output = examined(
         *("--data", damaged, "--output", tmp_path / "file" / "run", "--start-seconds", 3),
         **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
         PYTHONPATH=str(tmp_path),
         GLOO_SOCKET_IFNAME="nonet7",
         SLURM_JOB_ID="9",
@@ -144,7 +141,6 @@ def test_a_full_disk_a_missing_file_and_a_driver_that_torch_cannot_use(tmp_path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_measure_what_lies_between_them_and_tell_of_each_others_faults(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     # Rank 1 alone looks for a folder that it may not write, and its clock is 5 seconds ahead.
     ahead = tmp_path / "ahead.py"
     ahead.write_text(
@@ -157,7 +153,9 @@ def test_two_processes_measure_what_lies_between_them_and_tell_of_each_others_fa
     )
     cores = usable_cores()
     env = environment(OMP_NUM_THREADS=str(cores))  # for each of two processes
-    status, output = run(*torchrun, "sh", "-c", script, str(tmp_path), sys.executable, str(ahead), env=env)
+    status, output = run(
+        *TORCHRUN, "--no-python", "sh", "-c", script, str(tmp_path), sys.executable, str(ahead), env=env
+    )
     lines = lines_of(output)
     assert status == 1
     assert lines["CPU"][0].startswith(

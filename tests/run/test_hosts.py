@@ -22,21 +22,25 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.run import checkpoint, runlog
-from tests.run.test_launch import NUM_IMAGES, ROOT, SMALL_RUN, accelerate, environment, run, weights
-from tests.run.test_slurm import last_step, wait_until
+from tests.launching import (
+    ROOT,
+    accelerate,
+    assert_close_weights,
+    environment,
+    last_step,
+    run_here,
+    small_run,
+    wait_until,
+    write_images,
+)
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.distributed]
 
 NAMESPACES = Path("/run/netns")  # ip makes this folder, and mounts it onto itself
 TIMEOUT = 6  # seconds that a rank waits for another
 EPOCHS = 20
-TRAINING = SMALL_RUN.replace(
-    "--epochs 2",
-    f"--epochs {EPOCHS} --log-every-steps 1 --timeout-seconds {TIMEOUT}",
-)
+LONGER = ["--epochs", str(EPOCHS), "--log-every-steps", "1", "--timeout-seconds", str(TIMEOUT)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "train.beton"
-    convert(shapes(0, "train", NUM_IMAGES), path, Storage())
-    return path
+    return write_images(tmp_path_factory.mktemp("images") / "train.beton")
 
 
 @dataclasses.dataclass
@@ -131,19 +133,18 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launched(hosts: Hosts, images: Path, folder: Path, *options: str) -> Iterator[Launch]:
+def launched(hosts: Hosts, images: Path, folder: Path) -> Iterator[Launch]:
     """Start the run, one process on each host; at the end nothing of it is left."""
     logs = [folder.with_name(f"{folder.name}-host{host}.log") for host in (0, 1)]
     meeting = ["--main_process_ip", "10.77.0.1", "--num_processes", "2"]
     env = environment()
     del env["GLOO_SOCKET_IFNAME"]  # the hosts' names lead to their addresses
-    training = [*shlex.split(TRAINING), "--data", str(images), "--output", str(folder), "--world-size", "2", *options]
     launchers = []
     try:
         for host in (0, 1):
             words = accelerate("multi_node.yaml", "--machine_rank", str(host), *meeting)
             with logs[host].open("wb") as log:
-                command = hosts.on(host, *words, "train_simclr.py", *training)
+                command = hosts.on(host, *words, *small_run(images, folder, 2, *LONGER))
                 launchers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
         yield Launch(folder, launchers, logs)
     finally:
@@ -153,25 +154,8 @@ def launched(hosts: Hosts, images: Path, folder: Path, *options: str) -> Iterato
             launcher.wait(timeout=20)
 
 
-@pytest.fixture(scope="module")
-def one_process(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process on one host."""
-    folder = tmp_path_factory.mktemp("run") / "one"
-    words = shlex.split(TRAINING)
-    status, output = run(sys.executable, "train_simclr.py", *words, "--data", images, "--output", folder)
-    assert status == 0, output
-    return folder
-
-
-def assert_equal_weights(folder: Path, reference: Path) -> None:
-    found, expected = weights(folder), weights(reference)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name].double() - value.double()).abs().max() < 1e-10, name
-
-
 def test_a_cut_cable_stops_both_hosts_in_time_and_the_run_goes_on_afterwards(
-    hosts: Hosts, images: Path, one_process: Path, tmp_path: Path
+    hosts: Hosts, images: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     with launched(hosts, images, folder) as cut:
@@ -196,7 +180,7 @@ def test_a_cut_cable_stops_both_hosts_in_time_and_the_run_goes_on_afterwards(
             again.seconds_until_ended(host, at_most=120)
     assert [launcher.returncode for launcher in again.launchers] == [0, 0], again.log(0) + again.log(1)
     assert f"resuming:   after step {saved} of" in again.log(0)
-    assert_equal_weights(folder, one_process)
+    assert_close_weights(folder, run_here(small_run(images, tmp_path / "one process", 1, *LONGER)))
     steps = [line["step"] for line in runlog.read_metrics(folder) if line["kind"] == "step"]
     assert steps == list(range(1, EPOCHS * 4 + 1))
 

@@ -6,19 +6,15 @@ and ``scontrol`` that do on this machine what those do on one node.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +24,9 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import train_simclr
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr import beton
 from simclr.command_line import parse_train_config
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
@@ -42,23 +35,30 @@ from simclr.run import checkpoint, devices, launch
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.opening import statement
 from tests.helpers import forget_accelerate_state
+from tests.launching import (
+    BATCH,
+    CONFIGS,
+    JOBS,
+    NUM_IMAGES,
+    ROOT,
+    SMALL_RUN,
+    TORCHRUN,
+    accelerate,
+    assert_close_weights,
+    environment,
+    free_port,
+    needs_bash,
+    run,
+    run_here,
+    small_run,
+    started,
+    write_images,
+)
 from tests.ranks import ranks
 from tests.runs import train_here
 
-ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "train_simclr.py"
-CONFIGS = ROOT / "accelerate_configs"
-JOBS = ROOT / "slurm"
-NUM_IMAGES = 64
-BATCH = 16
 STEPS = 2 * NUM_IMAGES // BATCH
-
-# A small run in float64, where two runs that are the same differ by rounding alone.
-SMALL_RUN = (
-    f"cifar10-simclr-100 --epochs 2 --global-batch-size {BATCH} --model.encoder small_resnet_w8 "
-    "--model.projector-hidden 16 --model.projection-dim 8 --num-validation 0 --loader memory --precision fp64"
-)
-needs_bash = pytest.mark.skipif(sys.platform != "linux", reason="the job scripts need bash and run on Linux")
 
 
 # ------------------------------------------------------------------------------------------ starting and looking
@@ -66,25 +66,7 @@ needs_bash = pytest.mark.skipif(sys.platform != "linux", reason="the job scripts
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "train.beton"
-    convert(shapes(0, "train", NUM_IMAGES), path, Storage())
-    return path
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment as a login shell would have it, on the CPU, with ``variables`` on top."""
-    foreign = re.compile(
-        r"ACCELERATE_|SLURM_|OMPI_|PMI_|PET_|TORCHELASTIC_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|MASTER_|VENV$"
-    )
-    clean = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-    clean |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}",
-        "HF_HOME": os.devnull,  # no accelerate configuration of the user's own
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-    }
-    return clean | variables
+    return write_images(tmp_path_factory.mktemp("images") / "train.beton")
 
 
 def take_on(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,76 +77,19 @@ def take_on(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@contextlib.contextmanager
-def started(*command: str | Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in the project's folder; at the end nothing that it started is left."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=env or environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def run(*command: str | Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Return exit status and output of a command."""
-    with started(*command, env=env) as process:
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
-
-
-def accelerate(config: str, *options: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(CONFIGS / config), *options]
-
-
-def small_run(images: Path, output: Path, world_size: int) -> list[str]:
-    words = [*shlex.split(SMALL_RUN), "--data", str(images), "--output", str(output)]
-    return ["train_simclr.py", *words, "--world-size", str(world_size)]
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    model: dict[str, Tensor] = checkpoint.load_safely(folder / checkpoint.LAST)["model"]
-    return model
-
-
 def assert_is_the_run(folder: Path, reference: Path, world_size: int, tolerance: float = 1e-10) -> None:
     """All steps were taken, by ``world_size`` processes together, and the weights are those of one process."""
     derived = json.loads((folder / "manifest.json").read_text())["derived"]
     assert derived["world_size"] == world_size
     assert derived["per_device_batch_size"] == BATCH // world_size
     assert checkpoint.load_safely(folder / checkpoint.LAST)["step"] == STEPS
-    found, expected = weights(folder), weights(reference)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.allclose(found[name].double(), value.double(), rtol=tolerance, atol=tolerance), name
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    assert_close_weights(folder, reference, tolerance)
 
 
 @pytest.fixture(scope="module")
 def one_process(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process, started without any launcher."""
-    folder = tmp_path_factory.mktemp("run") / "one"
-    status, output = run(sys.executable, *small_run(images, folder, 1))
-    assert status == 0, output
-    return folder
+    """The run of one process without any launcher."""
+    return run_here(small_run(images, tmp_path_factory.mktemp("run") / "one", 1))
 
 
 # ------------------------------------------------------------------------------------------ accelerate's files
@@ -258,7 +183,7 @@ def launch_from_here(*words: str) -> None:
 @pytest.mark.parametrize("name", ["multi_gpu.yaml", "multi_node.yaml"])
 def test_the_number_of_gpus_must_be_given(name: str) -> None:
     with pytest.raises(ValueError, match="You need to manually pass in `--num_processes`"):
-        launch_from_here("--config_file", str(CONFIGS / name), str(ROOT / "train_simclr.py"), "demo")
+        launch_from_here("--config_file", str(CONFIGS / name), str(ENTRY), "demo")
 
 
 @pytest.mark.parametrize("device", [["--cpu"], ["--config_file", str(CONFIGS / "single_gpu.yaml")]])
@@ -320,13 +245,12 @@ runpy.run_path("train_simclr.py", run_name="__main__")
 def test_torchrun_starts_training_again_when_a_process_dies(images: Path, one_process: Path, tmp_path: Path) -> None:
     script, folder = tmp_path / "dies_once.py", tmp_path / "run"
     script.write_text(DIES_ONCE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     _, *options = small_run(images, folder, 2)
     # Without this, the processes started anew meet the addresses of the dead ones in the store that they share.
     env = environment(
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", PYTHONPATH=str(ROOT), CHECKPOINT=str(folder / checkpoint.LAST)
     )
-    status, output = run(*launcher, "--max-restarts", "1", script, *options, env=env)
+    status, output = run(*TORCHRUN, "--max-restarts", "1", script, *options, env=env)
     assert status == 0, output
     assert output.count("2 processes on cpu (") == 2
     assert f"resuming:   after step 4 of {STEPS}" in output
@@ -365,12 +289,11 @@ def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
     script, folder = tmp_path / "asks_to_stop.py", tmp_path / "run"
     script.write_text(ASKS_TO_STOP)
     _, *options = small_run(images, folder, 2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     by_accelerate = accelerate("cpu.yaml", "--num_processes", "2")
     env = environment(PYTHONPATH=str(ROOT))
     steps = [0]
     for launcher, asked, number in (
-        (torchrun, "rank", signal.SIGUSR1),
+        (TORCHRUN, "rank", signal.SIGUSR1),
         (by_accelerate, "launcher", signal.SIGTERM),
     ):
         status, output = run(*launcher, script, *options, env=env | {"ASKED": asked, "SIGNAL": str(int(number))})
@@ -391,11 +314,6 @@ def test_a_launched_run_that_is_asked_to_stop_saves_every_step_and_goes_on(
 # ------------------------------------------------------------------------------------------ before training
 
 
-def other_images(path: Path, number: int = NUM_IMAGES, seed: int = 1) -> Path:
-    convert(shapes(seed, "train", number), path, Storage())
-    return path
-
-
 def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) -> None:
     """Of the settings all but three paths and ways, and what these stand for."""
     config = TrainConfig(data=images)
@@ -411,7 +329,7 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
     assert statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory")), ENTRY) == said
-    other, more = other_images(tmp_path / "other.beton"), other_images(tmp_path / "more.beton", NUM_IMAGES + 1, seed=0)
+    other, more = write_images(tmp_path / "other.beton", seed=1), write_images(tmp_path / "more.beton", NUM_IMAGES + 1)
     for data in (other, more):
         there = statement(dataclasses.replace(config, data=data), ENTRY)
         assert {name for name in said if said[name] != there[name]} == {"the data"}
@@ -476,7 +394,7 @@ def two_sets(images: Path, tmp_path: Path) -> TrainConfig:
     """A run on two ranks, and beside its images others, as many."""
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path)
-    other_images(tmp_path / "other.beton")
+    write_images(tmp_path / "other.beton", seed=1)
     return TrainConfig(
         data=tmp_path / images.name,
         output=tmp_path / "run",
@@ -722,7 +640,7 @@ def test_job_scripts_are_well_formed(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_pretraining_job(images: Path, one_process: Path, one_node: dict[str, str], tmp_path: Path) -> None:
-    preset, *options = shlex.split(SMALL_RUN)
+    preset, *options = SMALL_RUN
     folder = tmp_path / "run with a space"
     # The job uses torchrun, which does not set this; without a GPU, training must find its way to gloo by itself.
     env = one_node | {"CUDA_VISIBLE_DEVICES": ""}

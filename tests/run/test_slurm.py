@@ -10,26 +10,33 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.run import runlog
-from tests.run.test_launch import JOBS, NUM_IMAGES, ROOT, SMALL_RUN, environment, needs_bash, run, weights
+from tests.launching import (
+    JOBS,
+    ROOT,
+    SMALL_RUN,
+    assert_close_weights,
+    environment,
+    last_step,
+    needs_bash,
+    run_here,
+    small_run,
+    wait_until,
+    write_images,
+)
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"
-LONG_RUN = SMALL_RUN.replace("--epochs 2", "--epochs 20 --log-every-steps 1 --checkpoint-every-epochs 5")
+LONGER = ["--epochs", "20", "--log-every-steps", "1", "--checkpoint-every-epochs", "5"]
 
 # ---------------------------------------------------------------------------------- decisions, with stand-ins
 #
@@ -263,20 +270,6 @@ def slurm() -> Iterator[Slurm]:
             subprocess.run([str(SLURM_TOOLS / "down.sh"), name], check=True, timeout=60)
 
 
-def wait_until(what: str, holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"after {seconds} s not yet: {what}"
-        time.sleep(0.1)
-
-
-def last_step(folder: Path) -> int:
-    """The step that the run's last line of metrics is about."""
-    if not (folder / runlog.METRICS).exists():
-        return 0
-    return max((line["step"] for line in runlog.read_metrics(folder)), default=0)
-
-
 @pytest.mark.slurm
 @pytest.mark.parametrize(
     ("job", "asked"),
@@ -297,12 +290,11 @@ def test_what_slurm_reads_in_a_job(slurm: Slurm, job: str, asked: dict[str, str]
 @pytest.mark.distributed
 def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slurm, tmp_path: Path) -> None:
     """Two nodes, one process each: signalled as before the time limit, preempted, requeued by hand; then probed."""
-    images, options = tmp_path / "train.beton", shlex.split(LONG_RUN)
-    convert(shapes(0, "train", NUM_IMAGES), images, Storage())
-    convert(shapes(0, "test", NUM_IMAGES), tmp_path / "test.beton", Storage())
+    images = write_images(tmp_path / "train.beton")
+    write_images(tmp_path / "test.beton", split="test")
     folder, log = tmp_path / "run", tmp_path / "job.log"
     about: list[str | Path] = ["--output", log, "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
-    job = slurm.call("sbatch", "--parsable", *about, JOBS / "pretrain.sbatch", folder, images, *options)
+    job = slurm.call("sbatch", "--parsable", *about, JOBS / "pretrain.sbatch", folder, images, *SMALL_RUN, *LONGER)
     probe_log = tmp_path / "probe.log"
     probe = ["--num-validation", "8", "--epochs", "1", "--loader", "memory"]
     probe_job = slurm.call(
@@ -334,12 +326,7 @@ def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slu
     assert slurm.state(job) == "COMPLETED", log.read_text()
     assert f"job {job}, restart 3: 2 node(s) x 1 processes = 2, meeting at 127.0.0.1:" in log.read_text()
 
-    reference = tmp_path / "reference"
-    assert run(sys.executable, "train_simclr.py", *options, "--data", images, "--output", reference)[0] == 0
-    found, expected = weights(folder), weights(reference)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.allclose(found[name].double(), value.double(), rtol=1e-10, atol=1e-10), name
+    assert_close_weights(folder, run_here(small_run(images, tmp_path / "reference", 1, *LONGER)))
     steps = [line["step"] for line in runlog.read_metrics(folder) if line["kind"] == "step"]
     assert steps == list(range(1, steps[-1] + 1))
 
