@@ -319,7 +319,7 @@ def test_a_rank_that_stands_still_is_ended_by_its_watchdog_with_all_stacks(image
     assert "in stuck" in output  # where
     assert (status(config)["state"], status(config)["step"]) == ("failed", 4)
     assert "stood still" in status(config)["reason"]
-    finish(config, 1, tmp_path / "logs")
+    train_here(config)
 
 
 def stand_still_within(module: str, function: str, how: Callable[[], object], rank_struck: int, rank: int) -> None:
@@ -464,7 +464,7 @@ def test_other_errors_are_not_taken_for_full_memory() -> None:
 @pytest.mark.distributed
 def test_ranks_that_found_different_checkpoints_refuse_to_train(images: Path, tmp_path: Path) -> None:
     config = settings(images, tmp_path / "run", stop_at_step=3)
-    finish(config, 2, tmp_path / "logs")
+    train_here(config)
     with ranks(dataclasses.replace(config, stop_at_step=6), 2, tmp_path / "logs", own_folder) as running:
         assert running.wait() == [1, 1]
         assert "ranks 0 to 1 found in" in running.output(0)
@@ -486,6 +486,14 @@ def own_copy(images: Path, folder: Path) -> Path:
     for source in (images, sidecar_path(images)):
         shutil.copy(source, folder / source.name)
     return folder / images.name
+
+
+def assert_is_the_run_of_good_images(config: TrainConfig, images: Path) -> None:
+    good = dataclasses.replace(
+        config, data=images, output=config.folder.with_name("good"), speed=SpeedConfig(loader="memory")
+    )
+    train_here(good)
+    assert is_equal(weights(config), weights(good))
 
 
 def overwrite(path: Path) -> None:
@@ -521,9 +529,7 @@ def test_images_that_are_overwritten_are_not_trained_on(
     step = status(config)["step"]
     assert status(config)["state"] == "failed"
     assert step == steps_logged(config) >= 10  # nothing is lost but the step that was not taken
-    good = settings(images, tmp_path / "good", epochs=10_000, stop_at_step=step, **changes)
-    finish(good, 1, tmp_path / "logs")
-    assert is_equal(weights(config), weights(good))
+    assert_is_the_run_of_good_images(dataclasses.replace(config, stop_at_step=step), images)
 
 
 @needs_ffcv
@@ -539,9 +545,7 @@ def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others
         replace_file(data)
         assert running.wait() == [0], running.output(0)
         assert running.output(0).count(f"{data} was deleted or replaced") == 1
-    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
-    finish(good, 1, tmp_path / "logs")
-    assert is_equal(weights(config), weights(good))
+    assert_is_the_run_of_good_images(config, images)
     with pytest.raises(ValueError, match=r"train\.beton: its sha256 is"):
         train_here(dataclasses.replace(config, stop_at_step=50))
 
@@ -570,7 +574,7 @@ def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images
         assert status(config)["state"] == "running"
         assert runlog.read_status(config.folder)["state"] == runlog.DIED
     shutil.copy(images, data)
-    finish(dataclasses.replace(config, stop_at_step=20), 1, tmp_path / "logs")
+    train_here(dataclasses.replace(config, stop_at_step=20, speed=SpeedConfig(loader="memory")))
 
 
 READ_WHAT_IS_GONE = """
@@ -610,9 +614,7 @@ def test_images_in_memory_are_those_that_were_there_at_the_start(images: Path, t
         wait_for_step(running, config, 10)
         overwrite(data)
         assert running.wait() == [0], running.output(0)
-    good = dataclasses.replace(config, data=images, output=tmp_path / "good")
-    finish(good, 1, tmp_path / "logs")
-    assert is_equal(weights(config), weights(good))
+    assert_is_the_run_of_good_images(config, images)
 
 
 # ------------------------------------------------------------------------------------------ the run's folder
@@ -736,11 +738,10 @@ def test_nan_on_one_rank_stops_all_before_the_step_with_a_description_each(image
         assert found["images"] == order.reshape(2, -1)[rank].tolist()
         assert "encoder.conv1.weight" in found["not_finite"]
         assert found["gradient_norms"]["encoder.conv1.weight"] == "nan"
-    finish(config, 2, tmp_path / "logs")  # it was the images' fault, and they are well again
+    train_here(config)  # it was the images' fault, and they are well again
     assert status(config)["state"] == "finished"
 
 
-@pytest.mark.parametrize("device_decides", [False, True], ids=["host", "device"])
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -752,17 +753,11 @@ def test_nan_on_one_rank_stops_all_before_the_step_with_a_description_each(image
 )
 @pytest.mark.parametrize("step", [1, 6])
 def test_skip_leaves_out_one_step_and_nothing_else(
-    images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    step: int,
-    optimizer: OptimizerConfig,
-    device_decides: bool,
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, optimizer: OptimizerConfig
 ) -> None:
-    """Against a run that does nothing at that step."""
+    """Against a run that does nothing at that step. Whether to skip is decided by the host, or on the device."""
     changes: dict[str, Any] = {"optimizer": optimizer, "epochs": 2, "num_validation": 0}
     left_out = settings(images, tmp_path / "left-out", **changes)
-    skipped = settings(images, tmp_path / "skipped", on_nonfinite="skip", log_every_steps=3, **changes)
     take = train_simclr.train_step
 
     def leave_out(run: Any, *arguments: Any) -> Any:
@@ -772,23 +767,20 @@ def test_skip_leaves_out_one_step_and_nothing_else(
         nothing = torch.ones(BATCH, 8, dtype=torch.float64)
         return nothing.sum(), nothing, nothing
 
-    with monkeypatch.context() as patched:
-        patched.setattr(train_simclr, "train_step", leave_out)
-        train_here(left_out)
-    with monkeypatch.context() as patched:
-        patched.setattr(train_simclr, "train_step", train_simclr.train_step)
-        patched.setattr(
-            opening,
-            "make_optimizer",
-            lambda model, config, **_: make_optimizer(model, config, skippable=device_decides),
-        )
-        spoil(step, 0, 0)
-        train_here(skipped)
+    monkeypatch.setattr(train_simclr, "train_step", leave_out)
+    train_here(left_out)
     expected = weights(left_out)
-    for name, value in weights(skipped).items():
-        assert torch.allclose(value, expected[name], rtol=1e-12, atol=1e-14), name
-    assert sum(line["skipped_steps"] for line in lines(skipped)) == 1
-    assert dumped(skipped, step, 0)["step"] == step
+    monkeypatch.setattr(train_simclr, "train_step", take)
+    spoil(step, 0, 0)
+    for decides in ("host", "device"):
+        make = functools.partial(make_optimizer, skippable=decides == "device")
+        monkeypatch.setattr(opening, "make_optimizer", lambda model, config, make=make, **_: make(model, config))
+        skipped = settings(images, tmp_path / decides, on_nonfinite="skip", log_every_steps=3, **changes)
+        train_here(skipped)
+        for name, value in weights(skipped).items():
+            assert torch.allclose(value, expected[name], rtol=1e-12, atol=1e-14), (decides, name)
+        assert sum(line["skipped_steps"] for line in lines(skipped)) == 1
+        assert dumped(skipped, step, 0)["step"] == step
 
 
 def test_skipping_ends_after_10_in_a_row(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
