@@ -337,8 +337,7 @@ def stop_itself() -> None:
 @pytest.mark.parametrize(
     ("module", "function", "doing"),
     [
-        ("simclr.evaluation", "extract_features", "measuring kNN accuracy"),
-        ("simclr.evaluation", "knn_predict", "measuring kNN accuracy"),
+        ("simclr.evaluation", "extract_features", "measuring kNN accuracy"),  # knn_predict: the test below
         ("simclr.run.checkpoint", "resumable_payload", "saving"),
     ],
 )
