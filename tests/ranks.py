@@ -11,12 +11,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from simclr.config import TrainConfig
 from tests.helpers import _LOOPBACK, PRELOADED, _environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@contextlib.contextmanager
+def other_process(function: Callable[..., None], *arguments: object) -> Iterator[BaseProcess]:
+    """Call a function in a process that has imported torch already; it is killed at the end of the block."""
+    _CONTEXT.set_forkserver_preload(PRELOADED)
+    process = _CONTEXT.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def ordinary(rank: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 import pickle
+import random
 import re
 import resource
-import subprocess
-import sys
+import signal
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +40,7 @@ from simclr.run.checkpoint import (
     save_atomically,
 )
 from simclr.views import ViewSpec
+from tests.ranks import other_process
 
 CONFIG = TrainConfig(
     data=Path("elsewhere/train.beton"),
@@ -161,53 +164,46 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, value: Any, where
 
 # ------------------------------------------------------------------------------------------------- writing
 
-KILLED_WRITERS = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from simclr.run.checkpoint import SCHEMA, load_safely, save_atomically
 
-torch.set_num_threads(1)  # threads do not survive a fork
-path, trials = Path(sys.argv[1]), int(sys.argv[2])
-delays = random.Random(0)
+def kill_writers(path: Path, counts: Path) -> None:
+    """Start 25 of them one after the other; count how many left a file half written, and the files written."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    delays = random.Random(0)
 
-def payload(i):
-    return {"schema": SCHEMA, "i": i, "tensors": [torch.full((250_000,), float(i)) for _ in range(8)]}
+    def payload(i: int) -> dict[str, Any]:
+        return {"schema": SCHEMA, "i": i, "tensors": [torch.full((250_000,), float(i)) for _ in range(8)]}
 
-save_atomically(path, payload(0))
-last, in_the_middle, written = 0, 0, 0
-for trial in range(trials):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # should the parent end first
-        for i in range(last + 1, 10**9):
-            save_atomically(path, payload(i))
-    time.sleep(delays.uniform(0.02, 0.12))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    in_the_middle += any(path.parent.glob(".*.tmp"))
-    saved = load_safely(path)
-    assert saved["i"] >= last, (saved["i"], last)
-    assert len(saved["tensors"]) == 8
-    assert all((t == saved["i"]).all() for t in saved["tensors"])
-    written += saved["i"] - last
-    last = saved["i"]
-print(in_the_middle, written)
-"""
+    save_atomically(path, payload(0))
+    last, in_the_middle = 0, 0
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # should the parent end first
+            for i in itertools.count(last + 1):
+                save_atomically(path, payload(i))
+        time.sleep(delays.uniform(0.02, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        in_the_middle += any(path.parent.glob(".*.tmp"))
+        saved = load_safely(path)
+        assert saved["i"] >= last, (saved["i"], last)
+        assert len(saved["tensors"]) == 8
+        assert all((t == saved["i"]).all() for t in saved["tensors"])
+        last = saved["i"]
+    counts.write_text(f"{in_the_middle} {last}")
 
 
 def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    command = [sys.executable, "-c", KILLED_WRITERS, str(path), "25"]
-    result = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    in_the_middle, written = map(int, result.stdout.split())
+    path = tmp_path / "run" / "x.pt"
+    path.parent.mkdir()
+    with other_process(kill_writers, path, tmp_path / "counts") as killing:
+        killing.join(120)
+        assert killing.exitcode == 0
+    in_the_middle, written = map(int, (tmp_path / "counts").read_text().split())
     assert in_the_middle >= 3  # else this test has shown nothing
     assert written >= 3
     save_atomically(path, {"schema": SCHEMA})  # and the next program that saves tidies up
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+    assert [p.name for p in path.parent.iterdir()] == ["x.pt"]
 
 
 @contextmanager

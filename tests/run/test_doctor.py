@@ -62,14 +62,9 @@ def test_a_sound_machine_passes_and_every_check_has_its_line(
     assert "problem" not in output
 
 
-def test_another_number_of_processes_than_meant_is_a_problem(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "ON_CPU", True)
-    status = doctor.main(doctor.Options(output=tmp_path, world_size=2))
-    forget_accelerate_state()
-    assert status == 1
-    assert "problem  processes   1 take part, 2 are meant to. See docs/launching.md" in capsys.readouterr().out
+def test_another_number_of_processes_than_meant_is_a_problem() -> None:
+    (finding,) = doctor.processes(doctor.Options(world_size=2), torch.device("cpu"))
+    assert str(finding) == "problem  processes   1 take part, 2 are meant to. See docs/launching.md"
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ import torch
 from simclr.run import runlog
 from simclr.run.interruption import Interrupted
 from simclr.run.runlog import METRICS, RunLog, Status, environment, read_metrics, write_json
+from tests.launching import wait_until
+from tests.ranks import other_process
 
 
 @contextmanager
@@ -324,26 +327,18 @@ def test_other_ranks_write_no_status_and_hold_no_lock(tmp_path: Path) -> None:
     assert runlog.saved_step(tmp_path) == 0
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from simclr.run import runlog
-with runlog.locked(Path(sys.argv[1]), is_main=True):
-    print("locked", flush=True)
-    time.sleep(60)
-"""
+def hold(folder: Path) -> None:
+    with runlog.locked(folder, is_main=True):
+        time.sleep(60)
 
 
 def test_a_second_run_in_the_folder_is_told_who_holds_it_until_that_one_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+    lock = tmp_path / "run" / runlog.LOCK
+    with other_process(hold, tmp_path / "run") as holder:
+        wait_until("the folder is held", lambda: lock.exists() and lock.read_text() != "")
         expected = f"another run writes to .*run: process {holder.pid} on {socket.gethostname()}. .*--output"
         with pytest.raises(ValueError, match=expected), runlog.locked(tmp_path / "run", is_main=True):
             pass
-        holder.kill()
     with (
         runlog.locked(tmp_path / "run", is_main=True),
         pytest.raises(ValueError, match=f"process {os.getpid()} on"),
