@@ -93,6 +93,14 @@ def _no_process_outlives_the_session() -> Iterator[None]:
     shut_down_workers()
 
 
+@pytest.fixture
+def folder_for_all() -> Iterator[Path]:
+    """Return a folder that every user may enter and write to; tmp_path is open to the one who runs the tests alone."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
 def cifar10_jpeg(request: pytest.FixtureRequest) -> Path:
     """Return a folder with all of CIFAR-10 as JPEG files under train/ and test/, kept from session to session."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -16,8 +15,7 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from simclr.data import open_images
 from simclr.models import ModelConfig
 from simclr.run import checkpoint, files, runlog
 from simclr.run.runlog import RunLog, read_metrics, without_secrets
-from tests.helpers import small_disk
+from tests.helpers import as_nobody, small_disk
 from tests.runs import train_here
 from tests.test_data_prep import fake_cifar
 
@@ -184,40 +182,28 @@ def test_a_file_that_changes_while_it_is_opened_is_refused(damaged: Path, monkey
 # ------------------------------------------------------------------------------------------- rights, full disks
 
 
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root gives up its rights for a while."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("only root can become somebody without rights")
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="its own files are open to this user")
+def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path, folder_for_all: Path) -> None:
     run = train_here(settings(images, tmp_path / "done"))
     tree = tmp_path / "tree"
     tree.mkdir(mode=0o700)
-    with tempfile.TemporaryDirectory() as folder:
-        readable = Path(folder, images.name)
-        Path(folder).chmod(0o755)
-        for source in (images, beton.sidecar_path(images)):
-            Path(folder, source.name).write_bytes(source.read_bytes())
-        attempts: dict[str, Callable[[], object]] = {
-            "data": lambda: train_here(settings(images, Path(folder, "run"))),
-            "output": lambda: train_here(settings(readable, Path(folder, "run"))),
-            "probe": lambda: linear_probe.main(ProbeConfig(run=run)),
-        }
-        for attempt in attempts.values():
-            with as_nobody(), pytest.raises(files.RefusedError, match="Permission denied: this user may not"):
-                attempt()
-        for source in (tree, readable):
-            with as_nobody():
-                words = ["imagefolder", "--root", str(source), "--output", str(tree / "x")]
-                assert data_prep.main(words) == 1
-        assert len(list(Path(folder).iterdir())) == 2
+    readable = folder_for_all / images.name
+    folder_for_all.chmod(0o755)
+    for source in (images, beton.sidecar_path(images)):
+        (folder_for_all / source.name).write_bytes(source.read_bytes())
+    attempts: dict[str, Callable[[], object]] = {
+        "data": lambda: train_here(settings(images, folder_for_all / "run")),
+        "output": lambda: train_here(settings(readable, folder_for_all / "run")),
+        "probe": lambda: linear_probe.main(ProbeConfig(run=run)),
+    }
+    for attempt in attempts.values():
+        with as_nobody(), pytest.raises(files.RefusedError, match="Permission denied: this user may not"):
+            attempt()
+    for source in (tree, readable):
+        with as_nobody():
+            words = ["imagefolder", "--root", str(source), "--output", str(tree / "x")]
+            assert data_prep.main(words) == 1
+    assert len(list(folder_for_all.iterdir())) == 2
     assert list(tree.iterdir()) == []
 
 

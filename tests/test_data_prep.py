@@ -28,7 +28,7 @@ from data_prep.find import find
 from data_prep.image_folder import UNREADABLE
 from data_prep.read_image import resize_and_crop
 from simclr import beton
-from tests.helpers import small_disk
+from tests.helpers import as_nobody, small_disk
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "emu")
@@ -615,17 +615,14 @@ def test_what_pillow_reads_is_taken(tmp_path: Path, capsys: pytest.CaptureFixtur
         np.testing.assert_array_equal(beton.read(tmp_path / "a.beton")[0][2], np.asarray(image.convert("RGB")))
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = make_tree(tmp_path / "pets")
+def test_a_folder_that_cannot_be_listed_is_named(folder_for_all: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_tree(folder_for_all / "pets")
     (root / "dog").chmod(0)
-    try:
-        if os.access(root / "dog", os.R_OK):
-            pytest.skip("this user may read everything")
-        code, text = run(capsys, "imagefolder", "--root", root, "--output", tmp_path / "out")
-    finally:
-        (root / "dog").chmod(0o700)
+    with as_nobody():
+        code, text = run(capsys, "imagefolder", "--root", root, "--output", folder_for_all / "out")
+    (root / "dog").chmod(0o700)
     assert code == 1
-    assert "cannot list" in text
+    assert f"cannot list {root / 'dog'}: Permission denied" in text
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (33, 100), (100, 33), (20, 11), (32, 32), (301, 47)])
