@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the repository."""
+
 # Imported once, by the process that forks all others. torch's optimizers import torch._dynamo, ResNets timm.
 PRELOADED = ["torch.distributed", "torch._dynamo", "numpy", "timm", "train_simclr"]
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"

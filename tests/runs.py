@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import train_simclr
 from simclr.config import TrainConfig
 from simclr.run import checkpoint
+from simclr.run.interruption import Signals
 from simclr.run.runlog import read_metrics
 from tests.helpers import forget_accelerate_state, run_distributed
 
@@ -20,6 +23,16 @@ def train_here(config: TrainConfig) -> Path:
     """Pretrain on one device in this process."""
     try:
         return train_simclr.main(config)
+    finally:
+        forget_accelerate_state()
+
+
+def type_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """Do in this process what ``python train_simclr.py WORDS`` does; errors of the user raise SystemExit."""
+    monkeypatch.setattr(sys, "argv", ["train_simclr.py", *map(str, words)])
+    monkeypatch.setattr(Signals, "install", lambda self: None)
+    try:
+        train_simclr.cli()
     finally:
         forget_accelerate_state()
 
