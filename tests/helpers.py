@@ -32,6 +32,19 @@ PRELOADED = ["torch.distributed", "torch._dynamo", "numpy", "timm", "train_simcl
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
+def run_python(*words: object, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS`` in the root of the repository, with these environment variables besides."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
 def small_disk(folder: Path, size: str) -> str:
     """Return the shell command that makes ``folder`` a file system of ``size``, for ``unshare -rm sh -c``; or skip."""
     command = f'mount -t tmpfs -o size={size} none "{folder}"'

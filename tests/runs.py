@@ -12,11 +12,22 @@ import torch
 from torch import Tensor
 
 import train_simclr
+from data_prep.convert import Storage, convert
+from data_prep.shapes import shapes
 from simclr.config import TrainConfig
+from simclr.models import ModelConfig
 from simclr.run import checkpoint
 from simclr.run.interruption import Signals
 from simclr.run.runlog import read_metrics
 from tests.helpers import forget_accelerate_state, run_distributed
+
+SMALL = ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8)
+
+
+def write_shapes(path: Path, number: int, split: str = "train") -> Path:
+    """Write some of the drawn images of data_prep.shapes; return the path."""
+    convert(shapes(0, split, number), path, Storage())
+    return path
 
 
 def train_here(config: TrainConfig) -> Path:

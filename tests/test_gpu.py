@@ -6,12 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.batch_norm import GlobalBatchNorm
+from simclr.command_line import parse_train_config
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import use_global_batch_norm
 from simclr.run.checkpoint import load_resumable
-from tests.helpers import run_distributed
+from simclr.run.runlog import read_manifest, read_metrics
+from tests.helpers import run_distributed, run_python
+from tests.runs import train_here, write_shapes
 from tests.test_losses import projections, value_and_gradients
 
-ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 LOSSES: dict[str, Any] = {
@@ -133,25 +129,26 @@ ON_CPU = ("bf16", "muon")  # of the others, other files have tests there, or the
 
 
 def train(device: str, images: Path, output: Path, *options: str) -> list[dict[str, Any]]:
-    """Run train_simclr.py on a device; return its lines about steps."""
+    """Pretrain, on a GPU in a process of its own; return the lines about steps."""
     words = shlex.split(
         "cifar10-simclr-100 --epochs 2 --global-batch-size 16 --model.encoder small_resnet_w8 --num-validation 0 "
         "--loader memory --log-every-steps 1 --checkpoint-every-steps 3"
     )
-    command = [sys.executable, "train_simclr.py", *words, "--data", str(images), "--output", str(output), *options]
-    env = {**os.environ, "ACCELERATE_USE_CPU": str(device == "cpu").lower(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"on {device} (" in done.stdout
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "step"]
+    words += ["--data", str(images), "--output", str(output), *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", str(device == "cpu").lower())
+        if device == "cpu":
+            train_here(parse_train_config(words))
+        else:
+            done = run_python("train_simclr.py", *words, timeout=600)
+            assert done.returncode == 0, done.stderr
+    assert (read_manifest(output) or {})["device"] == device
+    return [line for line in read_metrics(output) if line["kind"] == "step"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "train.beton"
-    convert(shapes(0, "train", 64), path, Storage())
-    return path
+    return write_shapes(tmp_path_factory.mktemp("images") / "train.beton", 64)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,8 +15,7 @@ import torch
 from torch import Tensor
 
 import train_simclr
-from data_prep.convert import Storage, convert
-from data_prep.shapes import CLASSES, draw, shapes
+from data_prep.shapes import CLASSES, draw
 from simclr import beton, evaluation, losses
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan, open_images, validation_split
@@ -31,8 +28,8 @@ from simclr.run.devices import require_world_size
 from simclr.run.meter import collapse_measures
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec, two_views
-from tests.helpers import ROOT, RankError
-from tests.runs import is_equal, lines, train_on, type_command, weights
+from tests.helpers import RankError, run_python
+from tests.runs import SMALL, is_equal, lines, train_on, type_command, weights, write_shapes
 
 NUM_IMAGES = 100
 BATCH = 24  # 4 steps an epoch, and 4 images left out
@@ -41,9 +38,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "train.beton"
-    convert(shapes(0, "train", NUM_IMAGES), path, Storage())
-    return path
+    return write_shapes(tmp_path_factory.mktemp("images") / "train.beton", NUM_IMAGES)
 
 
 def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -53,7 +48,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
         "output": output,
         "epochs": 3,
         "global_batch_size": BATCH,
-        "model": ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
+        "model": SMALL,
         "optimizer": OptimizerConfig(base_learning_rate=2.0, warmup_epochs=1 if changes.get("epochs", 3) > 2 else 0),
         "precision": "fp64",
         "view_sizes": ((16, 1.0),),  # a quarter of the work
@@ -67,7 +62,7 @@ def settings(images: Path, output: Path, **changes: Any) -> TrainConfig:
 
 BARLOW: dict[str, Any] = {
     "loss": LossConfig(name="barlow_twins", scale=0.1),
-    "model": ModelConfig(encoder="small_resnet_w8", projector="barlow3", projector_hidden=16, projection_dim=8),
+    "model": dataclasses.replace(SMALL, projector="barlow3"),
     "optimizer": OptimizerConfig(name="lars", base_learning_rate=1.0, lars_trust_coefficient=0.02, lars_clip=True),
     "view_2": ViewSpec(solarise_probability=0.2),
     "batch_norm_per_view": True,
@@ -744,8 +739,7 @@ def test_bad_words_on_the_command_line(
 
 
 def test_images_that_are_not_there_end_the_process_without_a_traceback() -> None:
-    words = [sys.executable, "train_simclr.py", "demo", "--data", "nowhere.beton"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = run_python("train_simclr.py", "demo", "--data", "nowhere.beton")
     assert done.returncode == 1
     assert "train_simclr.py: " in done.stderr
     assert "Traceback" not in done.stderr
