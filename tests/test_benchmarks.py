@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, growth
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.step import step_flops
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.presets import PRESETS
-from tests.helpers import forget_accelerate_state
+from tests.helpers import forget_accelerate_state, run_python
+from tests.runs import write_shapes
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +59,8 @@ def test_what_is_measured_is_drawn(
     name: str, keys: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("numba")
+    for axis, value in (("side", 48), ("images", 128)):  # of the batch size there are two
+        monkeypatch.setitem(growth.QUICK_AXES, axis, [value])
     monkeypatch.setattr("sys.argv", [name, "--quick"])
     written: dict[str, Any] = {}
     monkeypatch.setattr(common, "write_result", lambda path, values: written.update(values))
@@ -76,13 +76,13 @@ def test_what_is_measured_is_drawn(
 
 
 @pytest.mark.slow
-def test_what_needs_a_gpu_runs_in_miniature_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_what_needs_a_gpu_runs_in_miniature_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split, number in (("train", 100), ("test", 40)):
-        convert(shapes(0, split, number), tmp_path / f"{split}.beton", Storage())
-    words = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--data", str(tmp_path / "train.beton")]
-    words += ["--output", str(tmp_path / "out"), "--minutes", "12"]
-    done = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=500, check=False)
+        write_shapes(tmp_path / f"{split}.beton", number, split)
+    words = ["--quick", "--data", str(tmp_path / "train.beton"), "--output", str(tmp_path / "out"), "--minutes", "12"]
+    done = run_python("-m", "benchmarks.gpu", *words, timeout=500, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("=== summary")[1]
     for piece in ("check", "step", "loss", "accuracy-fast-simclr"):
@@ -91,16 +91,20 @@ def test_what_needs_a_gpu_runs_in_miniature_without_one(tmp_path: Path, monkeypa
         assert all(line in summary for line in written["summary"])
         assert "hardware" in written["environment"]
     assert (tmp_path / "out" / "accuracy-fast-simclr.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert (again.returncode, again.stdout.count("done before")) == (0, 4)
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *words])
+    assert gpu.main() == 0
+    assert capsys.readouterr().out.count("done before") == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_measured_by_mistake(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path / "out")]
-    done = subprocess.run(words, cwd=common.ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 2
-    assert "no CUDA device is visible; --quick runs everything in miniature" in done.stderr
+def test_without_a_gpu_nothing_is_measured_by_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks.gpu", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "no CUDA device is visible; --quick runs everything in miniature" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

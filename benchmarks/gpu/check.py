@@ -29,7 +29,7 @@ def main() -> int:
     ).returncode
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        tests = ["tests/test_gpu.py", "-k", "losses"] if options.quick else ["-m", "gpu", "tests"]
+        tests = ["tests/test_gpu.py", "-k", "losses_and_gradients"] if options.quick else ["-m", "gpu", "tests"]
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
         words += [f"--junitxml={report}", *tests]
         if importlib.util.find_spec("xdist") is not None and not options.quick:
