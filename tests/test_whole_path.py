@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 import train_simclr
 from simclr import beton
-from simclr.run import checkpoint
 from simclr.run.runlog import read_metrics
 from tests.helpers import library_knn
 
@@ -67,19 +66,14 @@ def test_pretraining_on_two_processes_and_on_one_then_probe_and_report(cifar10_b
     assert f"steps_per_epoch = floor(num_images / global_batch_size) = floor(50000 / 256) = {EPOCH}" in said
     assert "global_batch_size / world_size = 256 / 2 = 128 source images" in said
     assert said.count("total_steps") == 1  # printed by one process only
-    run(sys.executable, "train_simclr.py", *options, "--world-size", 1, "--output", one, "--stop-at-step", STEPS)
+    run(sys.executable, "train_simclr.py", *options, "--world-size", 1, "--output", one, "--stop-at-step", 10)
 
     # The same run. In float32 it differs by rounding, which the first steps of training make grow some two times each.
-    models = [checkpoint.load_resumable(folder / checkpoint.LAST)["model"] for folder in (two, one)]
-    weights = [name for name in models[0] if "running" not in name and "tracked" not in name]
-    differ = sum(float((models[0][name] - models[1][name]).double().square().sum()) for name in weights)
-    size = sum(float(models[1][name].double().square().sum()) for name in weights)
-    relative = math.sqrt(differ / size)
-    print(f"relative difference of the weights after {STEPS} steps on 2 processes and on 1: {relative:.1e}")
-    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
-    assert sum(losses[0][-10:]) == pytest.approx(sum(losses[1][-10:]), rel=0.05)
-    assert losses[1][-1] < min(losses[1][0], math.log(2 * 256 - 1))  # below what knowing nothing gives
+    on_two, on_one = ([line["loss"] for line in read_metrics(folder)] for folder in (two, one))
+    assert (len(on_two), len(on_one)) == (STEPS, 10)
+    assert on_two[:3] == pytest.approx(on_one[:3], rel=1e-4)
+    assert sum(on_two[:10]) == pytest.approx(sum(on_one), rel=0.01)
+    assert on_two[-1] < min(on_two[0], math.log(2 * 256 - 1))  # below what knowing nothing gives
 
     # What two processes began, one finishes.
     run(sys.executable, "train_simclr.py", *options, "--output", two)
