@@ -1,50 +1,33 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from simclr.losses import nt_xent
+from tests.helpers import run_python
 from tests.test_losses import projections, value_and_gradients
 
-ROOT = Path(__file__).resolve().parents[2]
+BOTH_PROGRAMS = """
+from tests.fast import triton_kernels, triton_views_kernels
+triton_kernels.main()
+triton_views_kernels.main()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("program", "end"), [("triton_kernels", "all kernels agree"), ("triton_views_kernels", "all views agree")]
-)
-def test_the_kernels_give_torchs_numbers_in_tritons_interpreter(program: str, end: str) -> None:
+def test_the_kernels_give_torchs_numbers_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.fast.{program}"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-    )
+    done = run_python("-c", BOTH_PROGRAMS, timeout=500, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert end in done.stdout
+    assert "all kernels agree" in done.stdout
+    assert "all views agree" in done.stdout
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="would compare the views of compiled kernels")
 def test_on_a_gpu_triton_makes_the_views_of_the_batched_operations() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fast.triton_views_kernels", "cuda"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    done = run_python("-m", "tests.fast.triton_views_kernels", "cuda")
     assert done.returncode == 0, done.stderr
     assert "all views agree" in done.stdout
 
