@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import signal
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -505,10 +506,15 @@ def test_what_was_passed_over_is_replaced_and_what_was_continued_from_stays(tmp_
 def test_what_changes_after_save_returned_is_not_written(tmp_path: Path) -> None:
     payload = a_payload(4)
     weight = payload["model"]["projector.0.weight"]
-    before = weight.clone()
-    with CheckpointWriter(tmp_path, keep=2, last_step=None) as writer:
+    before, is_filled = weight.clone(), threading.Event()
+
+    def wait() -> None:
+        assert is_filled.wait(10)
+
+    with CheckpointWriter(tmp_path, keep=2, last_step=None, before=wait) as writer:
         writer.save(payload, is_best=False)
-        weight.fill_(7.0)  # as the next optimizer step would, while the thread writes
+        weight.fill_(7.0)  # as the next optimizer step would, before the thread writes
+        is_filled.set()
     assert torch.equal(load_resumable(tmp_path / checkpoint.LAST)["model"]["projector.0.weight"], before)
 
 
