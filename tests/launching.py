@@ -19,6 +19,7 @@ import torch
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.command_line import parse_train_config
+from simclr.config import TrainConfig
 from simclr.run import checkpoint, runlog
 from tests.runs import train_here
 
@@ -101,11 +102,16 @@ def small_run(images: Path, output: Path, world_size: int, *more: str) -> list[s
     return ["train_simclr.py", *SMALL_RUN, *where, *more]
 
 
-def run_here(command: list[str]) -> Path:
-    """Train as ``python COMMAND`` does, on the CPU, but in this process; return the run's folder."""
+def small_config(images: Path, output: Path, world_size: int, *more: str) -> TrainConfig:
+    """What the command of :func:`small_run` reads from its words."""
+    return parse_train_config(small_run(images, output, world_size, *more)[1:])
+
+
+def run_here(images: Path, output: Path, *more: str) -> Path:
+    """The small run by this process alone, on the CPU; returns its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        return train_here(parse_train_config(command[1:]))
+        return train_here(small_config(images, output, 1, *more))
 
 
 def free_port() -> int:

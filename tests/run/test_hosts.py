@@ -180,7 +180,7 @@ def test_a_cut_cable_stops_both_hosts_in_time_and_the_run_goes_on_afterwards(
             again.seconds_until_ended(host, at_most=120)
     assert [launcher.returncode for launcher in again.launchers] == [0, 0], again.log(0) + again.log(1)
     assert f"resuming:   after step {saved} of" in again.log(0)
-    assert_close_weights(folder, run_here(small_run(images, tmp_path / "one process", 1, *LONGER)))
+    assert_close_weights(folder, run_here(images, tmp_path / "one process", *LONGER))
     steps = [line["step"] for line in runlog.read_metrics(folder) if line["kind"] == "step"]
     assert steps == list(range(1, EPOCHS * 4 + 1))
 

@@ -28,9 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import train_simclr
 from simclr import beton
-from simclr.command_line import parse_train_config
-from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
-from simclr.models import ModelConfig
+from simclr.config import SpeedConfig, TrainConfig
 from simclr.run import checkpoint, devices, launch
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.opening import statement
@@ -50,6 +48,7 @@ from tests.launching import (
     needs_bash,
     run,
     run_here,
+    small_config,
     small_run,
     started,
     write_images,
@@ -89,7 +88,7 @@ def assert_is_the_run(folder: Path, reference: Path, world_size: int, tolerance:
 @pytest.fixture(scope="module")
 def one_process(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process without any launcher."""
-    return run_here(small_run(images, tmp_path_factory.mktemp("run") / "one", 1))
+    return run_here(images, tmp_path_factory.mktemp("run") / "one")
 
 
 # ------------------------------------------------------------------------------------------ accelerate's files
@@ -198,7 +197,7 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(
     take_on(json.loads(told), monkeypatch)
     expected = "world_size is 2, but .* is 1. .* --config_file accelerate_configs/cpu.yaml --num_processes N"
     with pytest.raises(ValueError, match=expected):
-        train_here(parse_train_config(small_run(images, tmp_path / "run", 2)[1:]))
+        train_here(small_config(images, tmp_path / "run", 2))
     assert not (tmp_path / "run").exists()
 
 
@@ -360,84 +359,55 @@ def test_what_differs_is_named_with_the_ranks() -> None:
         launch.require_one_run([many, dict.fromkeys(many, "1")])
 
 
-EVERYTHING = {
-    "epochs": 3,
-    "optimizer": OptimizerConfig(base_learning_rate=0.2),
-    "speed": SpeedConfig(micro_batch_size=4),
-    "data": "other.beton",
-    "world_size": 3,
-}
+def is_another_run(other: TrainConfig, rank: int) -> None:
+    """Rank 1 is started by another command than rank 0."""
+    main = train_simclr.main
+
+    def main_of_another(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = False) -> Path:
+        return main(other, signals, is_dry=is_dry)
+
+    if rank == 1:
+        train_simclr.main = main_of_another
+
+
+def opens_other_images(other: TrainConfig, rank: int) -> None:
+    """As where the file is replaced after the ranks have compared what they are about to read."""
+    is_another_run(other, rank)
+    setattr(train_simclr, "statement", lambda config, program: {})  # noqa: B010
+
+
+ALL_OTHERS = "--epochs 3 --optimizer.base-learning-rate 0.2 --micro-batch-size 4 --world-size 3"
 ALL_DIFFERENCES = (
     "these processes are not one run: epochs is 2 on rank 0, 3 on rank 1; "
-    r"optimizer\.base_learning_rate is 0\.1 on rank 0, 0\.2 on rank 1; "
+    r"optimizer\.base_learning_rate is 0\.\d+ on rank 0, 0\.2 on rank 1; "
     r"speed\.micro_batch_size is None on rank 0, 4 on rank 1; "
     rf"the data is {NUM_IMAGES} images with sha256 \w+ on rank 0, {NUM_IMAGES} images with sha256 \w+ on rank 1; "
     r"world_size is 2 on rank 0, 3 on rank 1\. "
 )
 
 
-def is_another_run(changes: dict[str, Any], rank: int) -> None:
-    """Rank 1 is started by another command than rank 0."""
-    main = train_simclr.main
-
-    def changed(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = False) -> Path:
-        if rank == 1:
-            name = changes.get("data", config.data.name)
-            config = dataclasses.replace(config, **changes | {"data": config.data.with_name(name)})
-        return main(config, signals, is_dry=is_dry)
-
-    train_simclr.main = changed
-
-
-@pytest.fixture
-def two_sets(images: Path, tmp_path: Path) -> TrainConfig:
-    """A run on two ranks, and beside its images others, as many."""
-    for path in (images, beton.sidecar_path(images)):
-        shutil.copy(path, tmp_path)
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("break_it", "data", "more", "message"),
+    [
+        (is_another_run, "other.beton", ALL_OTHERS, ALL_DIFFERENCES),
+        (is_another_run, "none.beton", "", r"none\.beton"),
+        (opens_other_images, "other.beton", "", "was replaced while the ranks opened it"),
+    ],
+    ids=["everything", "no images", "images after the comparison"],
+)
+def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
+    images: Path, tmp_path: Path, break_it: Callable[[TrainConfig, int], None], data: str, more: str, message: str
+) -> None:
     write_images(tmp_path / "other.beton", seed=1)
-    return TrainConfig(
-        data=tmp_path / images.name,
-        output=tmp_path / "run",
-        epochs=2,
-        global_batch_size=BATCH,
-        model=ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8),
-        optimizer=OptimizerConfig(base_learning_rate=0.1),
-        num_validation=0,
-        world_size=2,
-    )
-
-
-def assert_both_refuse(config: TrainConfig, logs: Path, prepare: Callable[[int], None], message: str) -> None:
-    with ranks(config, 2, logs, prepare) as running:
+    other = small_config(tmp_path / data, tmp_path / "run", 2, *more.split())
+    config = small_config(images, tmp_path / "run", 2)
+    with ranks(config, 2, tmp_path / "logs", functools.partial(break_it, other)) as running:
         assert running.wait(60) == [1, 1]  # a few seconds, most of them for starting
         for rank in (0, 1):
             assert re.search(message, running.output(rank)), running.output(rank)
             assert "Traceback" not in running.output(rank)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [(EVERYTHING, ALL_DIFFERENCES), ({"data": "none.beton"}, r"none\.beton")],
-    ids=["everything", "no images"],
-)
-def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
-    two_sets: TrainConfig, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    assert_both_refuse(two_sets, tmp_path / "logs", functools.partial(is_another_run, changes), message)
-    assert not (tmp_path / "run").exists()
-
-
-def opens_other_images(rank: int) -> None:
-    """As where the file is replaced after the ranks have compared what they are about to read."""
-    is_another_run({"data": "other.beton"}, rank)
-    setattr(train_simclr, "statement", lambda config, program: {})  # noqa: B010
-
-
-@pytest.mark.distributed
-def test_ranks_that_open_different_images_refuse_to_begin(two_sets: TrainConfig, tmp_path: Path) -> None:
-    message = "was replaced while the ranks opened it"
-    assert_both_refuse(two_sets, tmp_path / "logs", opens_other_images, message)
+    assert break_it is opens_other_images or not (tmp_path / "run").exists()
 
 
 # The process ends late, as on a busy machine: time for torch to say that its wait was interrupted, if it was.

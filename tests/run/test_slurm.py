@@ -30,7 +30,6 @@ from tests.launching import (
     last_step,
     needs_bash,
     run_here,
-    small_run,
     wait_until,
     write_images,
 )
@@ -326,7 +325,7 @@ def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slu
     assert slurm.state(job) == "COMPLETED", log.read_text()
     assert f"job {job}, restart 3: 2 node(s) x 1 processes = 2, meeting at 127.0.0.1:" in log.read_text()
 
-    assert_close_weights(folder, run_here(small_run(images, tmp_path / "reference", 1, *LONGER)))
+    assert_close_weights(folder, run_here(images, tmp_path / "reference", *LONGER))
     steps = [line["step"] for line in runlog.read_metrics(folder) if line["kind"] == "step"]
     assert steps == list(range(1, steps[-1] + 1))
 
