@@ -24,7 +24,7 @@ from simclr.fast.tiled import TILE
 from simclr.losses import barlow_twins, choose_nt_xent, nt_xent
 from simclr.views import ViewSpec, two_views
 from tests.helpers import run_distributed
-from tests.test_losses import barlow_twins_by_the_paper, nt_xent_by_the_paper, projections
+from tests.test_losses import barlow_twins_by_the_paper, nt_xent_by_the_paper, projections, value_and_gradients
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 WORLD_SIZES = (1, 2, 3, 4, 8)
@@ -43,10 +43,11 @@ class Case(NamedTuple):
 
 CASES: dict[str, Case] = {}
 for temperature in TEMPERATURES:
+    by_the_paper = partial(nt_xent_by_the_paper, temperature=temperature)
     for form in ("matrix", "tiled"):
         CASES[f"nt_xent-{form}-{temperature}"] = Case(
             partial(nt_xent, temperature=temperature, form=form),
-            partial(nt_xent_by_the_paper, temperature=temperature),
+            by_the_paper,
             # 1 / temperature multiplies the rounding of the similarities, 1e-7, and the gradient once more
             float32=2e-7 / temperature**2 + 1e-5,
         )
@@ -67,16 +68,9 @@ def share_of(rank: int, world_size: int, width: int, dtype: torch.dtype = torch.
     return z1, z2
 
 
-def value_and_gradients(loss: Loss, z1: Tensor, z2: Tensor, multiple: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    z1, z2 = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-    value = loss(z1, z2)
-    gradient_1, gradient_2 = torch.autograd.grad(value * multiple, (z1, z2))
-    return value.detach(), gradient_1, gradient_2
-
-
 @functools.cache
-def reference(name: str, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return value_and_gradients(CASES[name].reference, *batch(width))
+def of_the_whole_batch(by_the_paper: Loss, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return value_and_gradients(by_the_paper, *batch(width))
 
 
 def all_cases_on_one_rank(rank: int, world_size: int) -> dict[tuple[str, int, str], tuple[Tensor, Tensor, Tensor]]:
@@ -106,13 +100,14 @@ def results(world_size: int) -> list[dict[tuple[str, int, str], tuple[Tensor, Te
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_value_and_gradient_are_the_papers(world_size: int, name: str, width: int, dtype: str) -> None:
     """The ranks' mean loss, and the gradient of it, are the formula's on the whole batch."""
-    value, *gradients = reference(name, width)
+    value, *gradients = of_the_whole_batch(CASES[name].reference, width)
     answers = [rank[name, width, dtype] for rank in results(world_size)]
     assert len(answers) == world_size
     assert all(answer[0].dtype == DTYPES[dtype] for answer in answers)
     tolerance = 1e-9 if dtype == "float64" else CASES[name].float32
-    mean = torch.stack([answer[0] for answer in answers]).double().mean()
-    assert abs(mean - value) <= tolerance * (abs(value) + 1)
+    values = torch.stack([answer[0] for answer in answers]).double()
+    mean_or_each = values if name.startswith("barlow") else values.mean()  # every rank's loss is the whole
+    assert ((mean_or_each - value).abs() <= tolerance * (abs(value) + 1)).all()
     for i, gradient in enumerate(gradients, start=1):
         # A rank's gradient is that of the sum of all ranks' losses; DDP divides by their number.
         mine = torch.cat([answer[i] for answer in answers]).double() / world_size
@@ -130,7 +125,8 @@ def test_the_ranks_of_these_tests_hold_different_projections() -> None:
 
 
 def with_multiples(rank: int, world_size: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    return value_and_gradients(CASES[name].loss, *share_of(rank, world_size, 5), multiple=rank + 0.5)
+    loss = CASES[name].loss
+    return value_and_gradients(lambda z1, z2: (rank + 0.5) * loss(z1, z2), *share_of(rank, world_size, 5))
 
 
 @pytest.mark.distributed
@@ -140,7 +136,7 @@ def test_a_rank_may_multiply_its_loss(name: str) -> None:
     world_size = 3
     answers = run_distributed(with_multiples, world_size, name)
     if name.startswith("barlow"):  # every rank's loss is the whole
-        _, *expected = reference(name, 5)
+        _, *expected = of_the_whole_batch(CASES[name].reference, 5)
         expected = [gradient * sum(rank + 0.5 for rank in range(world_size)) for gradient in expected]
     else:
         # The loss of the rows of one rank: the gradient of log sum exp of the other columns, by autograd.
