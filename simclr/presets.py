@@ -206,8 +206,8 @@ _PRESETS = (
     ),
     Preset(
         "own, for 2 CPU cores and 64-pixel images of Imagenette: cpu-simclr with larger views, the first try",
-        "Imagenette (128-pixel copy, at 64), test set, three seeds, 28 processor minutes: kNN 67.1 to 68.5 %, linear 77.6 "
-        "to 77.8 %",
+        "Imagenette (128-pixel copy, at 64), test set, three seeds, 28 processor minutes: kNN 67.1 to 68.5 %, "
+        "linear 77.6 to 77.8 %",
         dataclasses.replace(_CPU_IMAGENETTE, name="cpu-imagenette"),
     ),
     Preset(
