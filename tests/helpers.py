@@ -55,6 +55,12 @@ def small_disk(folder: Path, size: str) -> str:
     return command
 
 
+def run_on_small_disk(folder: Path, size: str, script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a shell script on these words, in the root of the repository, while ``folder`` is such a file system."""
+    command = ["unshare", "-rm", "sh", "-c", f"{small_disk(folder, size)} || exit 1; {script}", "sh", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
     """Root, who may do everything, gives up its rights for a while; other users have none to give up."""

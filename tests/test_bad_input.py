@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig
 from simclr.data import open_images
 from simclr.run import checkpoint, files, runlog
 from simclr.run.runlog import RunLog, read_metrics, without_secrets
-from tests.helpers import ROOT, as_nobody, run_python, small_disk
+from tests.helpers import as_nobody, run_on_small_disk, run_python
 from tests.runs import SMALL, train_here
 from tests.test_data_prep import fake_cifar
 
@@ -168,20 +167,12 @@ def test_a_log_that_finds_no_space_says_so_and_keeps_its_lines(tmp_path: Path) -
 def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_there_is_space(
     images: Path, tmp_path: Path
 ) -> None:
-    mounted = small_disk(tmp_path, "1m")
     words = ["--data", str(images), "--output", str(tmp_path / "run"), "--model.encoder", "small_resnet_w8"]
     words += ["--epochs", "4", "--global-batch-size", "16", "--num-validation", "0", "--loader", "memory"]
     words += ["--checkpoint-every-steps", "1", "--keep-checkpoints", "99", "--views", "torch"]
     command = f'"{sys.executable}" train_simclr.py demo "$@"; echo "status $?"; cat "{tmp_path}/run/status.json"'
-    script = f'{mounted}; {command}; ls -A "{tmp_path}/run"; mount -o remount,size=64m "{tmp_path}"; {command}'
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    script = f'{command}; ls -A "{tmp_path}/run"; mount -o remount,size=64m "{tmp_path}"; {command}'
+    done = run_on_small_disk(tmp_path, "1m", script, *words)
     print(done.stdout, done.stderr)
     full, again = done.stdout.split("status 1\n")
     assert "step" in full
@@ -212,16 +203,8 @@ with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=
 
 
 def test_a_disk_without_any_room_still_takes_the_end_state(tmp_path: Path) -> None:
-    mounted = small_disk(tmp_path, "256k")
-    script = f'{mounted}; "{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", LOG_AND_STATUS_ON_A_FULL_DISK],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    script = f'"{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
+    done = run_on_small_disk(tmp_path, "256k", script, LOG_AND_STATUS_ON_A_FULL_DISK)
     assert "RefusedError: writing: No space left on device: the disk is full" in done.stderr
     assert json.loads(done.stdout) == {
         "state": "failed",

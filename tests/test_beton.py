@@ -25,7 +25,7 @@ from PIL import Image
 from simclr import beton
 from simclr.beton import BetonError, Writer
 from simclr.data import open_images
-from tests.helpers import ROOT, as_nobody, run_python, small_disk
+from tests.helpers import ROOT, as_nobody, run_on_small_disk, run_python
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
@@ -631,14 +631,7 @@ print("intact")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    mounted = small_disk(tmp_path, "6m") + ' && exec "$@"'
-    result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mounted, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    result = run_on_small_disk(tmp_path, "6m", 'exec "$@"', sys.executable, "-c", FULL_DISK, tmp_path)
     assert result.returncode == 0, result.stderr
     raw, jpeg, intact = result.stdout.splitlines()
     assert "needs 14.8 MB, but" in raw

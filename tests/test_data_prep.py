@@ -28,9 +28,8 @@ from data_prep.find import find
 from data_prep.image_folder import UNREADABLE
 from data_prep.read_image import resize_and_crop
 from simclr import beton
-from tests.helpers import as_nobody, small_disk
+from tests.helpers import ROOT, as_nobody, run_on_small_disk, run_python
 
-REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("cat", "dog", "emu")
 
 
@@ -802,8 +801,7 @@ def test_user_errors_end_the_process_with_1_and_without_a_traceback(tmp_path: Pa
         ("imagefolder", "--root", root, "--output", tmp_path / "file" / "out"),
         ("inspect", tmp_path / "nothing.beton"),
     ):
-        command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+        result = run_python("-m", "data_prep", *arguments)
         assert result.returncode == 1
         assert result.stderr.startswith("error: ")
         assert "Traceback" not in result.stderr
@@ -818,7 +816,7 @@ def test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing(tmp_path: Path
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = ["shapes", "--output", str(tmp_path / "out"), "--num-train", "1000000"]
-    process = subprocess.Popen([sys.executable, "-m", "data_prep", *command], cwd=REPOSITORY, stderr=theirs)
+    process = subprocess.Popen([sys.executable, "-m", "data_prep", *command], cwd=ROOT, stderr=theirs)
     seen = b""
     while not re.search(rb"train\.beton: .*[1-9]\d*/1000000 .* images/s", seen):
         seen += os.read(ours, 4096)
@@ -834,12 +832,9 @@ def test_a_terminal_sees_progress_and_an_interrupt_leaves_nothing(tmp_path: Path
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    mounted = small_disk(tmp_path, "4m")
     convert = f'"{sys.executable}" -m data_prep shapes --num-train 2500 --output "{tmp_path}/out"'
-    script = f'{mounted}; {convert}; {convert} --encoding jpeg; ls -A "{tmp_path}/out"'
-    result = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script], cwd=REPOSITORY, text=True, capture_output=True, timeout=120
-    )
+    script = f'{convert}; {convert} --encoding jpeg; ls -A "{tmp_path}/out"'
+    result = run_on_small_disk(tmp_path, "4m", script)
     raw, jpeg = result.stderr.splitlines()
     assert raw.startswith(f"error: {tmp_path}/out/train.beton needs 10.5 MB, but {tmp_path}/out has only")
     assert jpeg.startswith(f"error: cannot write {tmp_path}/out/train.beton: No space left on device")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from simclr.command_line import parse_probe_config, parse_train_config
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / "docs" / "README.md"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
 

@@ -28,10 +28,10 @@ from simclr.evaluation import extract_features
 from simclr.export import Options as ExportOptions
 from simclr.export import main as export
 from simclr.run.checkpoint import load_pretrained
+from tests.helpers import ROOT
 from tests.test_data_prep import noise
 from tests.test_export import write_run
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDE = 16
 
 

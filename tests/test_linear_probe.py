@@ -20,13 +20,12 @@ import linear_probe
 from simclr import beton, evaluation, report
 from simclr.config import ProbeConfig, TrainConfig, to_json
 from simclr.data import few_labels, open_images, validation_split
-from simclr.models import ModelConfig, SimCLR
+from simclr.models import SimCLR
 from simclr.run import checkpoint, probe
-from tests.runs import is_equal
+from tests.runs import SMALL, is_equal
 
 SIDE, NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 16, 120, 60, 40
 CLASSES = ("red", "green", "blue")
-MODEL = ModelConfig(encoder="small_resnet_w8", projector_hidden=8, projection_dim=4)
 RATES, DECAYS = (0.01, 0.1, 0.3), (0.0, 1e-3)
 
 
@@ -46,9 +45,9 @@ def write(path: Path, n: int, seed: int, **changes: Any) -> beton.Facts:
 def write_run(folder: Path, data: Path, facts: beton.Facts) -> None:
     """A run as pretraining leaves it; its encoder is a random one with used batch normalisation."""
     folder.mkdir()
-    config = TrainConfig(data=data, model=MODEL, seed=5, num_validation=NUM_VALIDATION, epochs=2, global_batch_size=32)
+    config = TrainConfig(data=data, model=SMALL, seed=5, num_validation=NUM_VALIDATION, epochs=2, global_batch_size=32)
     torch.manual_seed(6)
-    model = SimCLR(MODEL, SIDE)
+    model = SimCLR(SMALL, SIDE)
     model.train()
     with torch.no_grad():
         for _ in range(20):
@@ -241,7 +240,7 @@ def test_the_untrained_encoder_is_the_pretrainings_own_start(place: Path, monkey
         names = [row.name for row in linear_probe.measure_baselines(opened)]
     assert names == ["raw pixels", "untrained encoder"]
     torch.manual_seed(5)  # the run's seed
-    assert evaluation.fingerprint(measured[0]) == evaluation.fingerprint(SimCLR(MODEL, SIDE).encoder)
+    assert evaluation.fingerprint(measured[0]) == evaluation.fingerprint(SimCLR(SMALL, SIDE).encoder)
 
 
 def test_pixels_are_normalised_as_in_pretraining_then_centred_by_the_mean_training_image(

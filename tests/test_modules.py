@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "simclr"
+from tests.helpers import ROOT
+
+PACKAGE = ROOT / "simclr"
 METHOD = frozenset(
     {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "parts", "presets"}
     | {"schema", "small_resnet", "unit_length", "views", "views.parameters", "views.pixels"}

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
+
 BUNDLED = ROOT / "native" / "bundled"
 INSTALLER = ROOT / "native" / "install_ffcv.py"
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from simclr.run.checkpoint import load_classifier, load_pretrained
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "assignment.ipynb"
 PAGE = ROOT / "docs" / "assignment.md"
 

@@ -8,7 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import ROOT
+
 PACKAGES = ("simclr", "data_prep")
 PROGRAMS = ("train_simclr.py", "linear_probe.py")
 

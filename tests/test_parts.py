@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 import linear_probe
 import train_simclr
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr import export, losses, parts
 from simclr.command_line import parse_train_config
 from simclr.config import LossConfig, ProbeConfig, SpeedConfig, TrainConfig
@@ -28,9 +26,9 @@ from simclr.run import checkpoint
 from simclr.run.opening import statement
 from simclr.run.runlog import read_manifest
 from simclr.views import View, ViewSpec, own_view, require_function_of_the_image, sample_parameters, two_views
-from tests.runs import is_equal, train_on, weights
+from tests.helpers import ROOT
+from tests.runs import is_equal, train_on, weights, write_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "own_parts.py"
 UNIT: dict[str, Any] = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -44,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run of six steps, on one device, with every part of the example."""
     folder = tmp_path_factory.mktemp("own")
     for name in ("train", "test"):
-        convert(shapes(0, name, 48), folder / f"{name}.beton", Storage())
+        write_shapes(folder / f"{name}.beton", 48, name)
     shutil.copy(EXAMPLE, folder / "mine.py")
     parts.load(folder / "mine.py")
     config = TrainConfig(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +78,7 @@ def test_raw_pixels_fail() -> None:
     assert 100 * ((q @ weights).argmax(axis=1) == test_labels).mean() < 30
 
 
-@pytest.fixture
-def _one_thread() -> Iterator[None]:
-    """Its layers are so small that several threads wait for each other more than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_one_thread")
 def test_a_small_convolutional_network_succeeds() -> None:
     torch.manual_seed(0)
     (train, train_labels), (test, test_labels) = draw(0, "train", 0, 6000), draw(0, "test", 0, 1000)

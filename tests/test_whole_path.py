@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import train_simclr
 from simclr import beton
 from simclr.run.runlog import read_metrics
-from tests.helpers import library_knn
+from tests.helpers import ROOT, library_knn
 
-ROOT = Path(train_simclr.__file__).parent
 CPU = ("--config_file", "accelerate_configs/cpu.yaml")
 STEPS = 50
 EPOCH = 50_000 // 256

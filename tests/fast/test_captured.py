@@ -10,21 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.fast.captured import Captured, choose_way
-from simclr.models import ModelConfig, SimCLR
+from simclr.models import SimCLR
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
-from tests.runs import train_here, weights
+from tests.runs import SMALL, train_here, weights, write_shapes
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "train.beton"
-    convert(shapes(0, "train", 80), path, Storage())
-    return path
+    return write_shapes(tmp_path_factory.mktemp("images") / "train.beton", 80)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +48,7 @@ def train(output: Path, images: Path, *, compile: Any, form: Any = "auto", **cha
         "output": output,
         "epochs": 3,
         "global_batch_size": 20,
-        "model": MODEL,
+        "model": SMALL,
         "optimizer": OptimizerConfig(base_learning_rate=0.003),
         "precision": "fp32",
         "num_validation": 20,
@@ -64,7 +60,7 @@ def train(output: Path, images: Path, *, compile: Any, form: Any = "auto", **cha
     train_here(config)
     torch.manual_seed(config.seed)
     end = weights(config)
-    moved = [(end[name].cpu() - start).flatten() for name, start in SimCLR(MODEL, 32).named_parameters()]
+    moved = [(end[name].cpu() - start).flatten() for name, start in SimCLR(SMALL, 32).named_parameters()]
     return Trained([line for line in read_metrics(output) if line["kind"] == "step"], torch.cat(moved).detach())
 
 
@@ -82,7 +78,6 @@ def require_equal(one: Trained, reference: Trained) -> None:
     assert (one.moved - reference.moved).norm() < 0.1 * reference.moved.norm()
 
 
-MODEL = ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8)
 CASES: dict[str, dict[str, Any]] = {
     "sgd, each view by itself": {"batch_norm_per_view": True},
     "muon, growing views": {

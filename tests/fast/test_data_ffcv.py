@@ -30,6 +30,7 @@ import torch
 from simclr import beton
 from simclr.data import Batch, EpochPlan, ImageSource, open_images
 from simclr.fast import ffcv_source
+from tests.helpers import ROOT
 from tests.test_data import numbered_images
 
 NUM_IMAGES = 1003
@@ -568,7 +569,7 @@ class Observed:
     def __init__(self, group: str, folder: Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fast.test_data_ffcv", group, str(folder)],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **GROUPS[group][0]},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from simclr.views import ViewParameters, ViewSpec, apply_view, sample_parameters, two_views
+from tests.helpers import ROOT
 from tests.test_views import EVERYTHING, MEAN, STD, UNIT, identity, make_images
 
 pytest.importorskip("numba", reason="would show that the compiled views equal the others")
 from simclr.fast import fused_views
 from simclr.fast.fused_views import TOLERANCE, FusedViews
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def fuse(
