@@ -16,14 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.convert import Storage, convert
-from data_prep.shapes import shapes
 from simclr.command_line import parse_train_config
 from simclr.config import TrainConfig
 from simclr.run import checkpoint, runlog
+from tests.helpers import ROOT
 from tests.runs import train_here
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "accelerate_configs"
 JOBS = ROOT / "slurm"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -39,11 +37,6 @@ needs_bash = pytest.mark.skipif(sys.platform != "linux", reason="the job scripts
 
 
 # ------------------------------------------------------------------------------------------ starting
-
-
-def write_images(path: Path, number: int = NUM_IMAGES, *, seed: int = 0, split: str = "train") -> Path:
-    convert(shapes(seed, split, number), path, Storage())
-    return path
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -24,9 +24,9 @@ from tests.helpers import forget_accelerate_state, run_distributed
 SMALL = ModelConfig(encoder="small_resnet_w8", projector_hidden=16, projection_dim=8)
 
 
-def write_shapes(path: Path, number: int, split: str = "train") -> Path:
+def write_shapes(path: Path, number: int, split: str = "train", *, seed: int = 0) -> Path:
     """Write some of the drawn images of data_prep.shapes; return the path."""
-    convert(shapes(0, split, number), path, Storage())
+    convert(shapes(seed, split, number), path, Storage())
     return path
 
 

@@ -29,9 +29,9 @@ from simclr.models import ModelConfig, SimCLR, Stem, make_encoder
 from simclr.run import checkpoint, runlog
 from simclr.run.checkpoint import CheckpointError
 from simclr.views import plain_view
+from tests.helpers import ROOT
 from tests.run.test_checkpoint import FACTS
 
-ROOT = Path(__file__).resolve().parents[1]
 X = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 

@@ -17,8 +17,8 @@ import torch
 from simclr import beton
 from simclr.run import doctor
 from simclr.run.host import usable_cores
-from tests.helpers import forget_accelerate_state, small_disk
-from tests.launching import ROOT, TORCHRUN, environment, free_port, run
+from tests.helpers import ROOT, forget_accelerate_state, small_disk
+from tests.launching import TORCHRUN, environment, free_port, run
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from simclr.run import checkpoint, devices, memory, opening, peers, runlog
 from simclr.run.finite import Guard
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.resuming import Progress
+from tests.helpers import ROOT
 from tests.ranks import Ranks, ranks
 from tests.runs import is_equal, lines, train_here, weights
 
@@ -50,7 +51,6 @@ STEPS = 4
 EPOCHS = 8
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
 KILLED = -signal.SIGKILL
-ROOT = Path(__file__).parents[2]
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV maps its file; it is not here")
 
 

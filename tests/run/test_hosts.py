@@ -23,8 +23,9 @@ from pathlib import Path
 import pytest
 
 from simclr.run import checkpoint, runlog
+from tests.helpers import ROOT
 from tests.launching import (
-    ROOT,
+    NUM_IMAGES,
     accelerate,
     assert_close_weights,
     environment,
@@ -32,8 +33,8 @@ from tests.launching import (
     run_here,
     small_run,
     wait_until,
-    write_images,
 )
+from tests.runs import write_shapes
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.distributed]
 
@@ -107,7 +108,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "train.beton")
+    return write_shapes(tmp_path_factory.mktemp("images") / "train.beton", NUM_IMAGES)
 
 
 @dataclasses.dataclass

@@ -32,13 +32,12 @@ from simclr.config import SpeedConfig, TrainConfig
 from simclr.run import checkpoint, devices, launch
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.opening import statement
-from tests.helpers import forget_accelerate_state
+from tests.helpers import ROOT, forget_accelerate_state
 from tests.launching import (
     BATCH,
     CONFIGS,
     JOBS,
     NUM_IMAGES,
-    ROOT,
     SMALL_RUN,
     TORCHRUN,
     accelerate,
@@ -51,10 +50,9 @@ from tests.launching import (
     small_config,
     small_run,
     started,
-    write_images,
 )
 from tests.ranks import ranks
-from tests.runs import train_here
+from tests.runs import train_here, write_shapes
 
 ENTRY = ROOT / "train_simclr.py"
 STEPS = 2 * NUM_IMAGES // BATCH
@@ -65,7 +63,7 @@ STEPS = 2 * NUM_IMAGES // BATCH
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "train.beton")
+    return write_shapes(tmp_path_factory.mktemp("images") / "train.beton", NUM_IMAGES)
 
 
 def take_on(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +326,8 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
     for path in (images, beton.sidecar_path(images)):
         shutil.copy(path, tmp_path / path.name.replace("train", "moved"))
     assert statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory")), ENTRY) == said
-    other, more = write_images(tmp_path / "other.beton", seed=1), write_images(tmp_path / "more.beton", NUM_IMAGES + 1)
+    other = write_shapes(tmp_path / "other.beton", NUM_IMAGES, seed=1)
+    more = write_shapes(tmp_path / "more.beton", NUM_IMAGES + 1)
     for data in (other, more):
         there = statement(dataclasses.replace(config, data=data), ENTRY)
         assert {name for name in said if said[name] != there[name]} == {"the data"}
@@ -399,7 +398,7 @@ ALL_DIFFERENCES = (
 def test_ranks_that_are_not_one_run_all_refuse_to_begin_and_name_the_difference(
     images: Path, tmp_path: Path, break_it: Callable[[TrainConfig, int], None], data: str, more: str, message: str
 ) -> None:
-    write_images(tmp_path / "other.beton", seed=1)
+    write_shapes(tmp_path / "other.beton", NUM_IMAGES, seed=1)
     other = small_config(tmp_path / data, tmp_path / "run", 2, *more.split())
     config = small_config(images, tmp_path / "run", 2)
     with ranks(config, 2, tmp_path / "logs", functools.partial(break_it, other)) as running:

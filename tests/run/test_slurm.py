@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 from simclr.run import runlog
+from tests.helpers import ROOT
 from tests.launching import (
     JOBS,
-    ROOT,
+    NUM_IMAGES,
     SMALL_RUN,
     assert_close_weights,
     environment,
@@ -31,8 +32,8 @@ from tests.launching import (
     needs_bash,
     run_here,
     wait_until,
-    write_images,
 )
+from tests.runs import write_shapes
 
 SLURM_TOOLS = ROOT / "tests" / "slurm"
 LONGER = ["--epochs", "20", "--log-every-steps", "1", "--checkpoint-every-epochs", "5"]
@@ -289,8 +290,8 @@ def test_what_slurm_reads_in_a_job(slurm: Slurm, job: str, asked: dict[str, str]
 @pytest.mark.distributed
 def test_an_interrupted_job_gives_the_weights_of_an_uninterrupted_run(slurm: Slurm, tmp_path: Path) -> None:
     """Two nodes, one process each: signalled as before the time limit, preempted, requeued by hand; then probed."""
-    images = write_images(tmp_path / "train.beton")
-    write_images(tmp_path / "test.beton", split="test")
+    images = write_shapes(tmp_path / "train.beton", NUM_IMAGES)
+    write_shapes(tmp_path / "test.beton", NUM_IMAGES, "test")
     folder, log = tmp_path / "run", tmp_path / "job.log"
     about: list[str | Path] = ["--output", log, "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
     job = slurm.call("sbatch", "--parsable", *about, JOBS / "pretrain.sbatch", folder, images, *SMALL_RUN, *LONGER)
