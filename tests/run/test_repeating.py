@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import train_simclr
 from simclr import beton, parts
 from simclr.config import OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.models import ModelConfig
 from simclr.run import repeating
-from simclr.run.interruption import Signals
 from simclr.run.runlog import MANIFEST
-from tests.helpers import forget_accelerate_state
-from tests.runs import is_equal, lines, train_here, weights
+from tests.runs import is_equal, lines, train_here, type_command, weights
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +41,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return config
 
 
-def repeat(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_simclr.py", *map(str, words)])
-    monkeypatch.setattr(Signals, "install", lambda self: None)
-    try:
-        train_simclr.cli()
-    finally:
-        forget_accelerate_state()
-
-
 @pytest.mark.parametrize("source", [".", MANIFEST])
 def test_a_repeated_run_is_the_same_bit_for_bit(
     first: TrainConfig,
@@ -63,7 +50,7 @@ def test_a_repeated_run_is_the_same_bit_for_bit(
     source: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    repeat(monkeypatch, "--repeat", first.folder / source)
+    type_command(monkeypatch, "--repeat", first.folder / source)
     again = dataclasses.replace(first, output=tmp_path / "results" / "first-repeat-seed7")
     assert is_equal(weights(again), weights(first))
     assert lines(again) == lines(first)
@@ -74,7 +61,7 @@ def test_one_setting_is_changed_and_said(
     first: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "other"
-    repeat(monkeypatch, f"--repeat={first.folder}", "--seed", 8, "--output", output)
+    type_command(monkeypatch, f"--repeat={first.folder}", "--seed", 8, "--output", output)
     other = dataclasses.replace(first, output=output)
     assert not is_equal(weights(other), weights(first))
     said = capsys.readouterr().out
@@ -98,8 +85,8 @@ def test_a_run_with_parts_of_its_own_is_repeated_if_they_are_named(
     manifest["config"]["loss"]["name"] = "far_apart"
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match="name that file with --parts"):
-        repeat(monkeypatch, "--repeat", folder)
-    repeat(monkeypatch, "--repeat", folder, "--parts", own)
+        type_command(monkeypatch, "--repeat", folder)
+    type_command(monkeypatch, "--repeat", folder, "--parts", own)
     (metrics,) = (tmp_path / "results").glob("*/metrics.jsonl")
     assert '"loss": -' in metrics.read_text()  # the other objectives are not negative
 
@@ -128,7 +115,7 @@ def test_what_cannot_be_repeated_is_refused(
 ) -> None:
     def refused(message: str, *words: object) -> None:
         with pytest.raises(SystemExit) as stop:
-            repeat(monkeypatch, *words)
+            type_command(monkeypatch, *words)
         assert message in str(stop.value)
         assert "\n" not in str(stop.value)
 
