@@ -1,7 +1,7 @@
 """The tiles of :mod:`simclr.fast.tiled` as fused Triton kernels: similarities never leave the multiprocessor.
 
-With ``TRITON_INTERPRET=1`` in the environment before this module is imported, the kernels run
-on CPU tensors, slowly, for tests.
+With ``TRITON_INTERPRET=1`` in the environment before this module is imported, the kernels run on CPU tensors, slowly,
+for tests.
 
 Shape letters: r rows of this rank, m columns of any rank, d width of both.
 """

@@ -146,12 +146,14 @@ def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
     thread = threading.Thread(target=watch, name="waiting", daemon=True)
     before = signal.set_wakeup_fd(handlers.fileno(), warn_on_full_buffer=False)
     thread.start()  # before the signals are blocked, as a thread begins with the mask of the one that starts it
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if signals is not None else ())
+    can_block = signals is not None and hasattr(signal, "pthread_sigmask")  # which Windows lacks
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if can_block else set()
     try:
         yield
     finally:
         met.set()
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         signal.set_wakeup_fd(before)
         handlers.send(b"\0")
         thread.join()
