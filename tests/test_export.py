@@ -74,6 +74,7 @@ def write_probe(folder: Path, sha256: str, accuracy: float) -> None:
     found = {
         "schema": 1,
         "test_accuracy": accuracy,
+        "num_fit": 8,
         "config": config,
         "rows": rows,
         "encoder_sha256": sha256,

@@ -337,7 +337,32 @@ def test_bad_temperature_and_weight_raise(value: float) -> None:
             barlow_twins(GOOD, GOOD, off_diagonal_weight=value)
 
 
-# ------------------------------------------------------- several processes; see also tests/test_invariance.py
+# ---------------------------------------------------------------------------------------- several processes
+
+
+def loss_of_share(rank: int, world_size: int, name: str, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert dist.get_world_size() == world_size
+    mine = [z.chunk(world_size)[rank].clone() for z in (z1, z2)]
+    return value_and_gradients(LOSSES[name][0], *mine)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_number_of_devices_is_one_device(name: str, world_size: int) -> None:
+    """The ranks' mean loss and its gradient are those of the paper's formula on the whole batch."""
+    z1, z2 = projections(8, 5)
+    assert all(not torch.equal(a, b) for a, b in zip(z1.chunk(4)[:-1], z1.chunk(4)[1:], strict=True))
+    expected, *expected_gradients = value_and_gradients(LOSSES[name][1], z1, z2)
+    results = run_distributed(loss_of_share, world_size, name, z1, z2)
+    values = torch.stack([value for value, *_ in results])
+    torch.testing.assert_close(values.mean(), expected, rtol=1e-10, atol=1e-12)
+    if name.startswith("barlow"):
+        torch.testing.assert_close(values, expected.expand(world_size), rtol=1e-10, atol=1e-12)
+    for i, gradient in enumerate(expected_gradients, start=1):
+        # each rank's gradient is that of the sum of all ranks' losses, with respect to its rows
+        of_the_mean = torch.cat([result[i] for result in results]) / world_size
+        torch.testing.assert_close(of_the_mean, gradient, rtol=1e-10, atol=1e-12)
 
 
 def small_model() -> nn.Module:
@@ -411,6 +436,11 @@ def test_features_of_any_size_on_several_devices() -> None:
         assert ((mine - gradient).double().norm(dim=0) <= 1e-5 * gradient.double().norm(dim=0)).all()
 
 
+def uneven(rank: int, world_size: int, loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"same number of rows, got \[4, 3\] on ranks 0 to 1"):
+        loss(GOOD[: 4 - rank], GOOD[: 4 - rank])
+
+
 def single_pair(rank: int, world_size: int, loss: Loss) -> float:
     """One image a rank is enough: the whole batch counts."""
     return float(loss(GOOD[:1] + rank * torch.arange(3), GOOD[:1]))
@@ -418,5 +448,6 @@ def single_pair(rank: int, world_size: int, loss: Loss) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("loss", [nt_xent, barlow_twins])
-def test_one_image_on_each_rank(loss: Loss) -> None:
+def test_numbers_of_images_per_rank(loss: Loss) -> None:
+    run_distributed(uneven, 2, loss)
     assert all(math.isfinite(value) for value in run_distributed(single_pair, 2, loss))

@@ -142,13 +142,14 @@ def test_several_devices_give_the_weights_of_one(one_device: TrainConfig, tmp_pa
 @pytest.mark.parametrize(
     "changes",
     [
+        BARLOW,
         {"optimizer": OptimizerConfig(name="adamw", base_learning_rate=0.01, gradient_clip_norm=0.05)},
         {"batch_norm_per_view": True, "model": ModelConfig(encoder="small_resnet_w8", projector="simclr3")},
         {"optimizer": OptimizerConfig(name="muon", base_learning_rate=0.05), "view_sizes": ((16, 0.5),)},
     ],
-    ids=["adamw-clipped", "views-apart", "muon-small-views"],
+    ids=["barlow_twins", "adamw-clipped", "views-apart", "muon-small-views"],
 )
-def test_so_do_other_optimizers_and_networks(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_so_do_other_losses_optimizers_and_networks(images: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     runs = [settings(images, tmp_path / str(world_size), epochs=2, **changes) for world_size in (1, 2)]
     for world_size, config in zip((1, 2), runs, strict=True):
         run(config, world_size)

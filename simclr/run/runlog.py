@@ -456,7 +456,10 @@ def read_results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["schema"] != 1:
                 raise ValueError(f"its schema is {found['schema']!r}, this version reads 1")
-            found["config"]["mode"], found["encoder_sha256"], found["test_accuracy"], found["rows"][-1]["knn_test"]
+            # What those who read it need
+            found["config"]["mode"], [found[name] for name in ("encoder_sha256", "test_accuracy", "num_fit")]
+            found["rows"][-1], [row["knn_test"] for row in found["rows"]]
+            [found[name]["content_sha256"] for name in ("train_facts", "test_facts")]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no evaluation's result: {error!r}; remove it, or evaluate again") from error
         results.append((path, found))
