@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from simclr import distributed, evaluation, losses
 from simclr.command_line import load_parts, parse_train_config
@@ -134,7 +135,10 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = run.config
     run.guard.begin()
     passes = whole_batch if config.speed.micro_batch_size is None else in_micro_batches
-    loss, z1, z2 = passes(run, views)
+    with distributed.known_equal_rows():  # the plan sees to it
+        loss, z1, z2 = passes(run, views)
+    if not isinstance(run.model, DistributedDataParallel):  # which averages them during the backward pass
+        distributed.average_gradients(run.plain_model.parameters())
     run.accelerator.unscale_gradients(run.optimizer)
     norms = run.guard.gradient_norms()
     if config.optimizer.gradient_clip_norm is not None:
@@ -172,13 +176,12 @@ def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with run.accelerator.autocast():
             again = model.encoder(part)
         torch.autograd.backward(again, gradient)
-    distributed.average_gradients(model.parameters())  # DDP averages only what passed through it
     return loss, z1, z2
 
 
 def normalised_together(run: Run, rows: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows (2b, ...) of both views as they pass the network: together, or each view by itself."""
-    return rows.chunk(2) if run.config.batch_norm_per_view else (rows,)
+    """Return the rows (2b, ...) of both views as they pass the network: at once, or each view by itself."""
+    return rows.chunk(run.passes)
 
 
 def loss_and_backward(run: Run, z1: Tensor, z2: Tensor) -> Tensor:

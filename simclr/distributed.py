@@ -7,9 +7,10 @@ Shape letters: b rows on this rank, n = world_size * b rows on all ranks, ... an
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,11 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number, 0 to ``world_size() - 1`` (0 without a process group)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def backend() -> str:
+    """Return what carries messages between the processes' devices, such as nccl or gloo; empty in a world of one."""
+    return str(dist.get_backend()) if world_size() > 1 else ""
 
 
 def divisible_batches(size: int, world_size: int, most: float = math.inf) -> str:
@@ -65,9 +71,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        return total
+        return total(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -119,9 +123,14 @@ def gather(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in rank order, without gradient; every rank must hold the same number.
 
     ``rows`` itself in a world of one. Collective call; :func:`require_equal_rows` is the caller's to make.
+    torch.compile passes it without a break.
     """
     if world_size() == 1:
         return rows
+    if torch.compiler.is_compiling():
+        ops = torch.ops._c10d_functional
+        traced: Tensor = ops.wait_tensor(ops.all_gather_into_tensor(rows.contiguous(), world_size(), _group_name()))
+        return traced
     gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
     _all_gather(gathered, rows.contiguous())
     return gathered
@@ -153,8 +162,28 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Return the elementwise sum of ``values`` over all ranks, keeping the gradient. Collective call."""
     if world_size() == 1:
         return values
-    total: Tensor = _SumOverRanks.apply(values)
-    return total
+    summed: Tensor = _SumOverRanks.apply(values)
+    return summed
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the elementwise sum of ``values`` over all ranks, without gradient. Collective call.
+
+    torch.compile passes it without a break.
+    """
+    if world_size() == 1:
+        return values
+    if torch.compiler.is_compiling():
+        ops = torch.ops._c10d_functional
+        traced: Tensor = ops.wait_tensor(ops.all_reduce(values, "sum", _group_name()))
+        return traced
+    summed = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, op=dist.ReduceOp.SUM)
+    return summed
+
+
+def _group_name() -> str:
+    return str(dist.group.WORLD.group_name)  # type: ignore[union-attr]  # there is a group
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
@@ -181,16 +210,28 @@ def shared_gradient(value: Tensor) -> Tensor:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace each parameter's gradient by its mean over ranks, by one all-reduce. Collective call.
 
-    As DDP does it at the end of a backward pass; for backward passes that DDP does not see.
+    As DDP does it during a backward pass; for steps that DDP does not see, or that are captured in a CUDA graph. The
+    gradients are then parts of one tensor.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if world_size() == 1 or not gradients:
+    having = [parameter for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not having:
         return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    as_stored = [_as_stored(parameter.grad) for parameter in having if parameter.grad is not None]
+    flat = torch.cat([dense.reshape(-1) for dense, _ in as_stored])
     dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     flat /= world_size()
-    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    sizes = [dense.numel() for dense, _ in as_stored]
+    for parameter, (dense, order), mean in zip(having, as_stored, torch.split(flat, sizes), strict=True):
+        parameter.grad = mean.view(dense.shape).permute([order.index(i) for i in range(dense.ndim)])
+
+
+def _as_stored(x: Tensor) -> tuple[Tensor, list[int]]:
+    """Return ``x`` with its dimensions in the order in which they lie in memory, so that flattening it copies nothing.
+
+    And that order.
+    """
+    order = sorted(range(x.ndim), key=lambda dimension: -x.stride()[dimension])
+    return x.permute(order), order
 
 
 class SideChannel:
@@ -265,14 +306,27 @@ def is_lost_peer(error: BaseException) -> bool:
 # are gathered every time, so that all ranks make the same collective calls: wherever counts differ, at least one rank
 # differs from the last common count, reads, and raises.
 _last_common_count: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_rows_are_equal = False
+
+
+@contextlib.contextmanager
+def known_equal_rows() -> Iterator[None]:
+    """Leave :func:`require_equal_rows` out, and its message, where every rank holds as many rows by construction."""
+    global _rows_are_equal
+    before, _rows_are_equal = _rows_are_equal, True
+    try:
+        yield
+    finally:
+        _rows_are_equal = before
 
 
 def require_equal_rows(rows: Tensor) -> None:
     """Raise ValueError, with the numbers, unless every rank holds as many rows; see :func:`gather_with_grad`.
 
-    Collective call. Costs no wait for the device while the number stays what it was.
+    Collective call, except within :func:`known_equal_rows`. The host waits for the device where the number is another
+    than at the last call.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _rows_are_equal:
         return
     counts_on_device = _all_counts(rows)
     if _last_common_count.get(dist.group.WORLD) == len(rows):
@@ -288,7 +342,7 @@ def require_equal_rows(rows: Tensor) -> None:
 
 def _all_counts(rows: Tensor) -> Tensor:
     """Return the number of rows on each rank, int64, shape (world_size,), on the device of ``rows``."""
-    count = torch.tensor([len(rows)], device=rows.device)
+    count = torch.full((1,), len(rows), device=rows.device)  # torch.tensor would make the host wait for a GPU
     counts = count.new_empty(world_size())
     _all_gather(counts, count)
     return counts

@@ -224,20 +224,32 @@ def make_projector(config: ModelConfig, representation_dim: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def use_global_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+def use_global_batch_norm(
+    model: nn.Module, device: torch.device, *, is_compiled: bool = False, groups: int = 1
+) -> nn.Module:
     """Return ``model`` with every batch normalisation taking its statistics over all ranks.
 
-    torch's fused SyncBatchNorm on CUDA, :class:`simclr.batch_norm.GlobalBatchNorm` elsewhere, where SyncBatchNorm
-    does not run. State dict keys stay the same, so checkpoints fit either way. Raises ValueError if a layer keeps
-    batch statistics in a way of its own.
+    :class:`simclr.batch_norm.GlobalBatchNorm` on CPUs, and where the model is compiled: SyncBatchNorm runs on GPUs only
+    and breaks torch.compile's graph. torch's fused SyncBatchNorm on GPUs else: it passes through memory less often than
+    operations that are launched one by one. State dict keys stay the same, so checkpoints fit either way.
+
+    Args:
+        model: Any.
+        device: Where it runs.
+        is_compiled: Whether torch.compile makes its passes.
+        groups: Parts of a batch that are normalised each by itself, as far as the layers can do that:
+            :func:`simclr.batch_norm.groups_of` tells.
+
+    Raises:
+        ValueError: If a layer keeps batch statistics in a way of its own.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not is_compiled:
         from timm.layers.norm_act import convert_sync_batchnorm
 
         require_known_batch_norm(model)
         converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return converted
-    return replace_batch_norm(model)
+    return replace_batch_norm(model, groups)
 
 
 def count_parameters(module: nn.Module) -> int:

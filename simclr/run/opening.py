@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from simclr import parts
+from simclr import distributed, parts
+from simclr.batch_norm import groups_of
 from simclr.beton import Facts, load_facts
 from simclr.config import Derived, TrainConfig, derive, settings_of
 from simclr.data import EpochPlan, ImageSource, open_images
@@ -31,6 +32,7 @@ from simclr.run.announcing import say_start, write_manifest
 from simclr.run.checkpoint import CheckpointError, CheckpointWriter
 from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices, tracked
 from simclr.run.finite import Guard
+from simclr.run.interruption import Interrupted
 from simclr.run.peers import Peers
 from simclr.run.resuming import Progress, resume
 from simclr.run.runlog import RunLog, Status
@@ -50,7 +52,7 @@ class Run:
     """Makes their views."""
     accelerator: Accelerator
     model: nn.Module
-    """As accelerate prepared it: autocast, and DDP where there are several processes."""
+    """As accelerate prepared it: autocast, and DDP where several processes launch their steps plainly."""
     plain_model: SimCLR
     """The same weights without those wrappers."""
     optimizer: Any
@@ -66,14 +68,29 @@ class Run:
     log: RunLog
 
     @functools.cached_property
+    def passes(self) -> int:
+        """Parts of a batch that pass the network one after the other, so that each is normalised by itself."""
+        return 2 if self.config.batch_norm_per_view and groups_of(self.plain_model) == 1 else 1
+
+    @functools.cached_property
     def captured(self) -> Captured | None:
         """The step as one CUDA graph, views included, if that is how it is computed."""
         if not self.way.is_captured:
             return None
         return Captured(
             lambda *recipe: self.update(self, self.feed.make(*recipe)),
-            lambda error: print(f"step:       launch by launch, since it cannot be captured: {error}", flush=True),
+            self._say_not_captured,
+            self.peers.gather,
         )
+
+    def _say_not_captured(self, reason: str) -> None:
+        if self.accelerator.is_main_process:
+            print(f"step:       launch by launch on all ranks, since it cannot be captured: {reason}", flush=True)
+
+    def let_go(self) -> None:
+        """Free what would keep the processes from parting. Not where a rank is lost: the device then waits for it."""
+        if self.way.is_captured and self.captured is not None:
+            self.captured.close()
 
     @property
     def epoch(self) -> int:
@@ -126,7 +143,7 @@ def open_run(
             device=accelerator.device,
             dtype=forward_dtype(accelerator, config),
         )
-        way = way_of_steps(config, derived, accelerator, feed)
+        way = Way.of_all(peers.gather(way_of_steps(config, derived, accelerator, feed)))
         plain_model, model, optimizer = prepare_model(config, derived, size, accelerator, way)
         if config.resume == "must" and not config.folder.exists():
             raise CheckpointError(
@@ -202,8 +219,12 @@ def open_run(
                 require_same_start(run)
                 try:
                     yield run
-                except DivergedError as error:
-                    raise DivergedError(f"{error}{_way_out(run)}") from error
+                except (ValueError, Interrupted) as error:  # after others the device may wait for a lost rank
+                    run.let_go()
+                    if isinstance(error, DivergedError):
+                        raise DivergedError(f"{error}{_way_out(run)}") from error
+                    raise
+                run.let_go()
 
 
 def require_same_start(run: Run) -> None:
@@ -229,6 +250,7 @@ def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator
         saves_memory=config.speed.recompute or config.speed.micro_batch_size is not None,
         views=feed.method if feed.method != "own" else config.augmentation,
         longest_stage=longest * derived.steps_per_epoch * config.global_batch_size,
+        backend=distributed.backend(),
     )
 
 
@@ -243,7 +265,12 @@ def prepare_model(
     if config.speed.micro_batch_size is not None:
         require_independent_images(plain_model)
     if derived.world_size > 1 and config.global_batch_norm:
-        use_global_batch_norm(plain_model, accelerator.device)
+        use_global_batch_norm(
+            plain_model,
+            accelerator.device,
+            is_compiled=way.is_compiled,
+            groups=2 if config.batch_norm_per_view else 1,
+        )
     plain_model.to(accelerator.device, dtype=parameter_dtype(config)).to(memory_format=torch.channels_last)
     if config.speed.recompute:
         recompute_blocks(plain_model)
@@ -256,7 +283,10 @@ def prepare_model(
     with warnings.catch_warnings():
         # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, optimizer = accelerator.prepare(plain_model, optimizer)
+        # For evaluation means to accelerate: without DDP.
+        without_ddp = way.averages_gradients or config.speed.micro_batch_size is not None
+        model = accelerator.prepare_model(plain_model, evaluation_mode=without_ddp)
+        optimizer = accelerator.prepare(optimizer)
     return plain_model, model, optimizer
 
 
