@@ -17,6 +17,7 @@ Shape letters: n images in the file, b images of one batch on this rank, H and W
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
@@ -222,14 +223,17 @@ def few_labels(
     return np.sort(np.concatenate(fit)), np.sort(np.concatenate(choose))
 
 
+@functools.lru_cache(maxsize=2)
 def _permutation(n: int, key: tuple[int, int]) -> NDArray[np.int64]:
-    """Return a permutation of 0..n-1 for each key.
+    """Return a permutation of 0..n-1 for each key; the last two are kept, so that an epoch's can be made beforehand.
 
     Sorting Philox's raw output instead of calling ``Generator.permutation``: numpy guarantees that the raw output
     of a bit generator never changes, but not what its distributions make of it (NEP 19).
     """
     draws = np.random.Philox(key=np.array(key, np.uint64)).random_raw(n)
-    return np.argsort(draws, kind="stable").astype(np.int64, copy=False)
+    order = np.argsort(draws, kind="stable").astype(np.int64, copy=False)
+    order.flags.writeable = False
+    return order
 
 
 def _require_integer(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from simclr import distributed
 
 if TYPE_CHECKING:
     from simclr.config import OptimizerConfig
@@ -181,6 +186,9 @@ class Muon(_Skippable):
     hold here too. Of a tensor of one dimension, n entries long, the direction is the vector divided by its norm and the
     factor 0.2 * sqrt(n): what the same rule gives for a matrix of one row.
 
+    With several ranks, whose gradients are equal, each orthogonalises its share of the matrices, and one all-gather
+    brings all directions to all. Every rank holds the whole momentum, so that a checkpoint fits any number of ranks.
+
     Args:
         params: Parameters or groups; a group may set ``weight_decay`` and the other options.
         lr: Learning rate, >= 0.
@@ -208,13 +216,22 @@ class Muon(_Skippable):
         if found_inf is not None:  # a step left out is one without gradient, learning rate and loss of momentum
             skip = found_inf > 0
             momentum, lr, decay = (torch.where(skip, one, x) for one, x in ((1.0, momentum), (0.0, lr), (0.0, decay)))
-        for alike in side_by_side(list(by_shape.values()), parameters[0].device):
+        stacks, device, directions = list(by_shape.values()), parameters[0].device, []
+        shares = _shares(tuple((len(alike), *_as_matrix(alike[0]).shape) for alike in stacks), distributed.world_size())
+        for alike, share in side_by_side(list(zip(stacks, shares, strict=True)), device):
             buffer = self._momentum_of(alike)
             gradient = torch.stack([_as_matrix(parameter.grad) for parameter in alike if parameter.grad is not None])
             if found_inf is not None:
                 gradient = torch.where(skip, 0.0, gradient)
             buffer.mul_(momentum).add_(gradient)
-            direction = orthogonalise(gradient.add_(buffer * group["momentum"]))
+            asked, own = gradient.add_(buffer * group["momentum"]), share[distributed.rank()]
+            if len(asked[own]) == len(asked):
+                asked = orthogonalise(asked)
+            elif len(asked[own]):
+                asked[own] = orthogonalise(asked[own])
+            directions.append(asked)
+        _exchange(directions, shares)
+        for alike, direction in side_by_side(list(zip(stacks, directions, strict=True)), device):
             change = direction.mul_(lr * (0.2 * math.sqrt(max(direction.shape[1:]))))
             if group["weight_decay"]:
                 torch._foreach_mul_(alike, 1 - decay)
@@ -232,6 +249,52 @@ class Muon(_Skippable):
             for parameter, row in zip(alike, whole, strict=True):
                 self.state[parameter]["momentum_buffer"] = _as_tensor(row, parameter)
         return whole
+
+
+Shares = tuple[tuple[slice, ...], ...]
+
+
+@functools.cache
+def _shares(stacks: tuple[tuple[int, int, int], ...], world_size: int) -> Shares:
+    """Return which matrices of each stack (k, rows, columns) each rank orthogonalises: one slice for each rank.
+
+    The dearest matrices come first, each to the rank that is least busy. Vectors are divided by their norms by every
+    rank, as that costs less than to send them.
+    """
+    counts, busy = {}, [0] * world_size
+
+    def cost(stack: tuple[int, int, int]) -> int:
+        rows, columns = sorted(stack[1:])
+        return 2 * rows * rows * columns + rows**3
+
+    for number, stack in sorted(enumerate(stacks), key=lambda each: -cost(each[1])):
+        counts[number] = [0] * world_size
+        for _ in range(stack[0]):
+            rank = busy.index(min(busy))
+            busy[rank] += cost(stack)
+            counts[number][rank] += 1
+    shares = []
+    for number, (k, rows, columns) in enumerate(stacks):
+        ends = list(itertools.accumulate(counts[number]))
+        of_ranks = [slice(end - count, end) for end, count in zip(ends, counts[number], strict=True)]
+        shares.append(tuple([slice(0, k)] * world_size if min(rows, columns) == 1 else of_ranks))
+    return tuple(shares)
+
+
+def _exchange(directions: list[Tensor], shares: Shares) -> None:
+    """Fill in the directions (k, rows, columns) that other ranks have computed, by one message. Collective call."""
+    stacks = [(each, share) for each, share in zip(directions, shares, strict=True) if share[0] != share[-1]]
+    if not stacks:  # a world of one, or vectors only
+        return
+    of_ranks = [[each[share[rank]] for each, share in stacks] for rank in range(distributed.world_size())]
+    sizes = [[part.numel() for part in parts] for parts in of_ranks]
+    # On GPUs orthogonalise computes in bfloat16, so nothing is lost by sending its results as such.
+    as_sent = torch.bfloat16 if directions[0].is_cuda and directions[0].dtype == torch.float32 else directions[0].dtype
+    own = torch.cat([part.reshape(-1) for part in of_ranks[distributed.rank()]]).to(as_sent)
+    padded = F.pad(own, (0, max(map(sum, sizes)) - len(own)))
+    for parts, of_rank, received in zip(of_ranks, sizes, distributed.gather(padded).chunk(len(sizes)), strict=True):
+        pieces = torch.split(received[: sum(of_rank)], of_rank)
+        torch._foreach_copy_(parts, [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)])
 
 
 def side_by_side(work: Sequence[Work], device: torch.device) -> Iterator[Work]:

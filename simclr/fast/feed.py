@@ -155,29 +155,25 @@ class ViewFeed:
         """
         assert self._tables is not None
         self.size = size_at(self.view_stages, epoch, self.source.facts.height)
-        self._tables.load(epoch)
-        if self._stored is None:
-            batches = self.source.batches(plan, epoch=epoch, start_step=start_step)
-            return ((sent(batch.index, self.device), sent(batch.image, self.device)) for batch in batches)
-        rows = list(plan.batches(epoch, start_step))
-        order = torch.from_numpy(np.stack(rows) if rows else np.empty((0, 0), np.int64)).to(self.device)
-        return ((index,) for index in order)
+        order, entries = (each[start_step:] for each in self._tables.load(plan, epoch))
+        if self._stored is not None:
+            return zip(order, entries, strict=True)
+        batches = self.source.batches(plan, epoch=epoch, start_step=start_step)
+        within = torch.arange(plan.global_batch_size // plan.world_size, device=self.device)
+        return ((within, entry, sent(batch.image, self.device)) for batch, entry in zip(batches, entries, strict=True))
 
-    def make(self, index: Tensor, image: Tensor | None = None) -> Tensor:
+    def make(self, row: Tensor, entry: Tensor, image: Tensor | None = None) -> Tensor:
         """Return the views of a batch of the epoch of :meth:`recipes`, as :meth:`batches` yields them.
 
         Args:
-            index: The images' positions in the data file, int64, (b,), on the device.
-            image: The images, uint8, (b, H, W, 3), on the device; None if the source holds all of them there.
+            row: Which of the images, int64, (b,), on the device.
+            entry: Where the parameters of their views lie in the epoch's table, int64, (b,), on the device.
+            image: The batch's images, uint8, (b, H, W, 3), on the device; None if the source holds all images there.
         """
         assert self._tables is not None
-        row = index
-        if image is None:
-            image = self._stored
-        else:
-            row = torch.arange(len(index), device=index.device)
+        image = self._stored if image is None else image
         assert image is not None
-        return self._triton[self.size](image, row, self._tables.table, index)
+        return self._triton[self.size](image, row, self._tables.table, entry)
 
     @property
     def _stored(self) -> Tensor | None:
@@ -229,43 +225,55 @@ def _spare_cores() -> int:
 
 
 class _Tables:
-    """The parameters of an epoch's views on the device, always at the same place; the next ones are drawn meanwhile."""
+    """Which images this rank reads in an epoch, and the parameters of their views, on the device.
+
+    The parameters lie always at the same place. The next epoch's are drawn meanwhile, by a thread.
+    """
 
     def __init__(self, feed: ViewFeed) -> None:
         self._feed = feed
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "parameters of views")
-        self._drawn: dict[int, concurrent.futures.Future[Tensor]] = {}
-        self._epoch: int | None = None
-        self.table = torch.empty(0)
+        self._drawn: dict[tuple[EpochPlan, int], concurrent.futures.Future[tuple[Tensor, Tensor]]] = {}
+        self._loaded: tuple[EpochPlan, int] | None = None
+        self._order = self._entries = self.table = torch.empty(0)
 
-    def load(self, epoch: int) -> None:
-        """Let :attr:`table` hold this epoch's parameters, for what is launched from now on."""
-        if epoch == self._epoch:
-            return
-        drawn = self._drawn.pop(epoch, None) or self._draw(epoch)
-        parameters = drawn.result()
-        if self._epoch is None:
-            self.table = parameters.to(self._feed.device)
-        else:
-            self.table.copy_(parameters, non_blocking=True)
-        self._epoch = epoch
-        self._drawn = {epoch + 1: self._draw(epoch + 1)}
+    def load(self, plan: EpochPlan, epoch: int) -> tuple[Tensor, Tensor]:
+        """Let :attr:`table` hold this epoch's parameters, for what is launched from now on.
 
-    def _draw(self, epoch: int) -> concurrent.futures.Future[Tensor]:
+        Returns:
+            The images of each of this rank's batches, and where :attr:`table` has the parameters of their views; both
+            int64, (steps, b), on the device.
+        """
+        if (plan, epoch) != self._loaded:
+            drawn = self._drawn.pop((plan, epoch), None) or self._draw(plan, epoch)
+            order, parameters = drawn.result()
+            self._order = order.to(self._feed.device, non_blocking=True)
+            if self.table.shape == parameters.shape:
+                self.table.copy_(parameters, non_blocking=True)
+            else:
+                self.table = parameters.to(self._feed.device)
+                self._entries = torch.arange(order.numel(), device=self._feed.device).view(order.shape)
+            self._loaded = plan, epoch
+            self._drawn = {(plan, epoch + 1): self._draw(plan, epoch + 1)}
+        return self._order, self._entries
+
+    def _draw(self, plan: EpochPlan, epoch: int) -> concurrent.futures.Future[tuple[Tensor, Tensor]]:
         from simclr.fast.triton_views import parameter_table
 
         facts, on_gpu = self._feed.source.facts, self._feed.device.type == "cuda"
 
-        def draw() -> Tensor:
+        def draw() -> tuple[Tensor, Tensor]:
+            order = np.stack(list(plan.batches(epoch)))
             table = parameter_table(
                 self._feed.specs,
-                facts.num_images,
+                order.reshape(-1),
                 seed=self._feed.seed,
                 epoch=epoch,
                 height=facts.height,
                 width=facts.width,
             )
-            return table.pin_memory() if on_gpu else table
+            drawn = torch.from_numpy(order), table
+            return (drawn[0].pin_memory(), drawn[1].pin_memory()) if on_gpu else drawn
 
         return self._thread.submit(draw)
 

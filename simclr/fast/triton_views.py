@@ -1,7 +1,8 @@
 """Views on GPUs: both views of a batch in one Triton launch, from stored pixels to what the network reads.
 
-:mod:`simclr.views` says what a view is and draws its parameters: here those of a whole epoch at once, as a table that
-lies on the device (:func:`parameter_table`), so that a batch costs the host one launch and no arithmetic. Only the
+:mod:`simclr.views` says what a view is and draws its parameters: here those of all images that this rank reads in an
+epoch at once, as a table that lies on the device (:func:`parameter_table`), so that a batch costs the host one launch
+and no arithmetic. Only the
 arithmetic on pixels is written again. It rounds differently: :data:`TOLERANCE`.
 
 Each program makes one view of one image, in blocks of pixels. The mean that contrast needs is known only after all
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr.views import ViewSpec, sample_parameters
@@ -53,13 +55,13 @@ _BICUBIC = {"bilinear": 0, "bicubic": 1}
 
 
 def parameter_table(
-    specs: tuple[ViewSpec, ViewSpec], num_images: int, *, seed: int, epoch: int, height: int, width: int
+    specs: tuple[ViewSpec, ViewSpec], indices: NDArray[np.int64], *, seed: int, epoch: int, height: int, width: int
 ) -> Tensor:
-    """Draw the parameters of both views of all images of an epoch, with the same bits as batch by batch.
+    """Draw the parameters of both views of an epoch's images, with the same bits as batch by batch.
 
     Args:
         specs: Settings of the first and of the second view.
-        num_images: n; images 0 to n - 1 are meant.
+        indices: The images' positions in the data file, (n,).
         seed: Seed of the run.
         epoch: From 0.
         height: H.
@@ -68,11 +70,9 @@ def parameter_table(
     Returns:
         float32, (n, 2, columns), in host memory: what :class:`TritonViews` takes.
     """
-    table = np.empty((num_images, 2, _COLUMNS.value), np.float32)
+    table = np.empty((len(indices), 2, _COLUMNS.value), np.float32)
     for i, spec in enumerate(specs):
-        p = sample_parameters(
-            spec, np.arange(num_images), seed=seed, epoch=epoch, view=i + 1, height=height, width=width
-        )
+        p = sample_parameters(spec, indices, seed=seed, epoch=epoch, view=i + 1, height=height, width=width)
         columns = [p.crop_top, p.crop_left, p.crop_height, p.crop_width, p.flip, p.jitter, *p.jitter_order.T]
         columns += [p.brightness, p.contrast, p.saturation, p.hue, p.grayscale, p.blur, p.blur_sigma, p.solarise]
         for column, values in enumerate(columns):
@@ -119,14 +119,14 @@ class TritonViews:
                 self._reach[i] = kernel // 2
         self._block = min(_MOST_PIXELS, triton.next_power_of_2(size * size))
 
-    def __call__(self, image: Tensor, row: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, row: Tensor, table: Tensor, entry: Tensor) -> Tensor:
         """Make both views of b images, without waiting for the device.
 
         Args:
             image: Stored pixels, uint8, (m, H, W, 3), contiguous.
             row: Which of them, int64, (b,), in [0, m).
             table: Of :func:`parameter_table`, for images of this size.
-            index: Rows of the table, int64, (b,), in [0, n): the images' positions in the data file.
+            entry: Rows of the table for them, int64, (b,), in [0, n).
 
         Returns:
             (2b, 3, S, S), channels_last: the b first views, then the b second ones; (pixel - mean) / std.
@@ -138,13 +138,13 @@ class TritonViews:
         one, two = self.specs
         thresholds = (one.solarise_threshold, two.solarise_threshold)
         _make_views[(b, 2)](
-            image, row, table, index, first, image.shape[1], image.shape[2], b,
+            image, row, table, entry, first, image.shape[1], image.shape[2], b,
             _BICUBIC[one.interpolation], _BICUBIC[two.interpolation], *thresholds, *self._normalisation,
             SIZE=size, BLOCK=self._block, FINISH=not blurs,
         )  # fmt: skip
         if blurs:
             _blur_and_finish[(b, 2)](
-                first, table, index, out, b, *self._reach, *thresholds, *self._normalisation,
+                first, table, entry, out, b, *self._reach, *thresholds, *self._normalisation,
                 SIZE=size, BLOCK=self._block,
             )  # fmt: skip
         return out.permute(0, 3, 1, 2)

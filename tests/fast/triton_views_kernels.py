@@ -41,7 +41,7 @@ def largest_difference(height: int, width: int, size: int, one: ViewSpec, two: V
     rng = np.random.default_rng(height * size)
     images = torch.from_numpy(rng.integers(0, 256, (number, height, width, 3), np.uint8))
     index = torch.from_numpy(rng.permutation(number)[: number * 2 // 3])
-    table = parameter_table((one, two), number, seed=3, epoch=2, height=height, width=width).to(device)
+    table = parameter_table((one, two), np.arange(number), seed=3, epoch=2, height=height, width=width).to(device)
     make = TritonViews(one, two, size=size, mean=MEAN, std=STD)
     where = index.to(device)
     whole = make(images.to(device), where, table, where)
@@ -59,11 +59,15 @@ def largest_difference(height: int, width: int, size: int, one: ViewSpec, two: V
 
 
 def check_feed(device: str) -> None:
-    """A feed whose views are Triton's yields those of a feed whose views are torch's, also from an epoch's middle."""
+    """A feed whose views are Triton's yields those of a feed whose views are torch's, also from an epoch's middle.
+
+    It draws the parameters of those images only that this rank reads.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "images.beton")
         write_noise(path, 10, side=12)
-        plan = EpochPlan(np.arange(10), global_batch_size=4, seed=3)
+        alone = EpochPlan(np.arange(10), global_batch_size=4, seed=3)
+        second_of_two = EpochPlan(np.arange(10), global_batch_size=4, world_size=2, rank=1, seed=3)
         # All images where the views are made, or each batch by itself: read from elsewhere, or from the host's memory
         for where, holds_all in {(device, True), (device, False), ("cpu", True)}:
             with open_images(path, backend="memory", device=where) as source:
@@ -73,12 +77,14 @@ def check_feed(device: str) -> None:
                     ViewFeed(source, PLAIN, ALL, seed=5, view_stages=((8, 1),), choice=choice, device=device)
                     for choice in ("triton", "torch")
                 ]
-                for epoch, start in ((0, 1), (1, 0), (3, 1)):
+                for epoch, start, plan in ((0, 1, alone), (1, 0, alone), (3, 1, second_of_two), (4, 0, second_of_two)):
                     made, expected = (list(feed.batches(plan, epoch=epoch, start_step=start)) for feed in feeds)
                     assert len(made) == len(expected) == 2 - start
                     for mine, reference in zip(made, expected, strict=True):
                         assert (mine - reference).abs().median() < TOLERANCE / min(source.facts.normalisation[1])
                         assert mine.shape[2] == (8 if epoch == 0 else 12)
+                    assert feeds[0]._tables is not None
+                    assert len(feeds[0]._tables.table) == 2 * plan.global_batch_size // plan.world_size
                 for feed in feeds:
                     feed.close()
 
