@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr import distributed, evaluation, losses
 from simclr.command_line import load_parts, parse_train_config
@@ -36,8 +35,9 @@ from simclr.run import checkpoint, dry_run, files, host, launch, memory, repeati
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.run.meter import Meter
-from simclr.run.opening import Run, open_run, statement
+from simclr.run.opening import Run, open_run, require_equal_weights, statement
 from simclr.run.peers import LostPeerError, Peers
+from simclr.views import size_at
 
 MEASURED_AT_ONCE = 512  # images for each rank, between two signs of life; less work than a step of a batch of 128
 
@@ -137,7 +137,7 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     passes = whole_batch if config.speed.micro_batch_size is None else in_micro_batches
     with distributed.known_equal_rows():  # the plan sees to it
         loss, z1, z2 = passes(run, views)
-    if not isinstance(run.model, DistributedDataParallel):  # which averages them during the backward pass
+    if run.way.averages_gradients:  # else DDP has, during the backward pass
         distributed.average_gradients(run.plain_model.parameters())
     run.accelerator.unscale_gradients(run.optimizer)
     norms = run.guard.gradient_norms()
@@ -150,6 +150,7 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def batches(run: Run, epoch: int, start_step: int) -> Iterator[Tensor | tuple[Tensor, ...]]:
     """Return what each step of the rest of an epoch takes."""
+    run.peers.expect(size_at(run.config.view_stages, epoch, run.source.facts.height))
     if run.captured is None:
         return run.feed.batches(run.plan, epoch=epoch, start_step=start_step)
     return run.feed.recipes(run.plan, epoch=epoch, start_step=start_step)
@@ -224,6 +225,7 @@ def measure_and_save(run: Run, meter: Meter, *, is_last: bool) -> None:
         return
     meter.report()
     require_finite_weights(run)
+    require_equal_weights(run)
     is_best = False
     if can_measure_knn(run.source.facts, config.num_validation) and (at_end or knn_is_due):
         accuracy = measure_knn(run)

@@ -33,13 +33,9 @@ class Way(NamedTuple):
     """Whether the whole step is one CUDA graph."""
     reason: str
 
-    @property
-    def averages_gradients(self) -> bool:
-        """Whether the step averages gradients over ranks itself, by one all-reduce, in place of DDP.
-
-        DDP's hooks cannot be captured without eleven steps before, and break a compiled graph.
-        """
-        return self.is_captured or self.is_compiled
+    averages_gradients: bool = False
+    """Whether the step averages gradients over ranks itself, by one all-reduce, in place of DDP: capturing DDP's hooks
+    takes eleven steps before it, they break a compiled graph, and they do not see micro-batches."""
 
     def describe(self) -> str:
         """Return it in words."""

@@ -45,7 +45,10 @@ def say_start(
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
     print(f"precision:  {precision}")
-    print(f"step:       {way.describe()}")
+    print(f"step:       {way.describe()}{' on each rank' if derived.world_size > 1 else ''}")
+    if derived.world_size > 1:
+        by = "one all-reduce, within the step" if way.averages_gradients else "DDP, during the backward pass"
+        print(f"gradients:  averaged over {derived.world_size} processes by {by}")
     if config.speed.recompute:
         print("recompute:  the encoder's blocks, again in the backward pass")
     norm = "over all devices" if config.global_batch_norm else "per device: the run depends on their number"

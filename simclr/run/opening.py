@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -237,21 +238,52 @@ def require_same_start(run: Run) -> None:
             f"the checkpoints that ranks 0 to {len(steps) - 1} found in {run.config.folder} are of steps "
             f"{list(steps)}: is it on a disk that all of them share?"
         )
+    require_equal_weights(run)
+
+
+def require_equal_weights(run: Run) -> None:
+    """Refuse to go on if a rank holds other weights than the others. Waits for all.
+
+    Every rank begins with the same weights and takes the same averaged gradient to the same update, so they are equal
+    to the last bit, whatever kernels each device chose for its own images. What is compared is a hash of each tensor:
+    parameters and, unless they are kept by each device, the running statistics of batch normalisation.
+
+    Raises:
+        DifferentRunsError: On all ranks, with the rank and the first tensor that differs.
+    """
+    if run.derived.world_size == 1:
+        return
+    model = run.plain_model
+    tensors = model.state_dict() if run.config.global_batch_norm else dict(model.named_parameters())
+    hashes = torch.stack([torch.hash_tensor(value.detach()).view(torch.int64) for value in tensors.values()])
+    of_ranks = [tuple(of_rank) for of_rank in run.peers.gather(hashes.tolist())]
+    common, _ = collections.Counter(of_ranks).most_common(1)[0]
+    for number, of_rank in enumerate(of_ranks):
+        if of_rank != common:
+            name = next(name for name, one, other in zip(tensors, of_rank, common, strict=True) if one != other)
+            raise launch.DifferentRunsError(
+                f"after step {run.progress.step} rank {number} holds other weights than rank {of_ranks.index(common)}: "
+                f"{name} differs. All take the same averaged gradient, so a device has computed wrongly, or ranks on "
+                "different kinds of devices or numbers of threads have rounded differently; the last good checkpoint "
+                f"in {run.config.folder} was saved before"
+            )
 
 
 def way_of_steps(config: TrainConfig, derived: Derived, accelerator: Accelerator, feed: ViewFeed) -> Way:
     """Return how the steps of a run are computed; raise a ValueError if it cannot be done as configured."""
     longest = max(epochs for _, epochs in whole_stages(config.view_stages, feed.source.facts.height, config.epochs))
-    return choose_way(
+    in_micro_batches = config.speed.micro_batch_size is not None
+    way = choose_way(
         config.speed.compile,
         device=accelerator.device,
         world_size=derived.world_size,
         has_scaler=accelerator.scaler is not None,
-        saves_memory=config.speed.recompute or config.speed.micro_batch_size is not None,
+        saves_memory=config.speed.recompute or in_micro_batches,
         views=feed.method if feed.method != "own" else config.augmentation,
         longest_stage=longest * derived.steps_per_epoch * config.global_batch_size,
         backend=distributed.backend(),
     )
+    return way._replace(averages_gradients=way.is_captured or way.is_compiled or in_micro_batches)
 
 
 def prepare_model(
@@ -283,9 +315,8 @@ def prepare_model(
     with warnings.catch_warnings():
         # torch 2.14 names DDP's option anew; accelerate and torch 2.11 know the name that start_devices uses.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        # For evaluation means to accelerate: without DDP.
-        without_ddp = way.averages_gradients or config.speed.micro_batch_size is not None
-        model = accelerator.prepare_model(plain_model, evaluation_mode=without_ddp)
+        # Evaluation mode is accelerate's word for "without DDP".
+        model = accelerator.prepare_model(plain_model, evaluation_mode=way.averages_gradients)
         optimizer = accelerator.prepare(optimizer)
     return plain_model, model, optimizer
 

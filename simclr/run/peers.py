@@ -6,7 +6,8 @@ What notices a fault, and when:
     another rank stands still    collectives give up after the timeout
     this rank stands still       its watchdog ends it after the timeout and a few seconds, with all threads' stacks
 
-So it is while training, measuring and saving. A start, with its first step, and a disk have START_SECONDS.
+So it is while training, measuring and saving. A start, the first step of each size of view, which may compile, and a
+disk have START_SECONDS.
 
 Each rank writes its step into the ranks' common store every second, which is how a survivor can name who is missing.
 """
@@ -72,6 +73,7 @@ class Peers:
         self._channel = SideChannel(datetime.timedelta(seconds=START_SECONDS))
         self._store = store()
         self._limit = START_SECONDS
+        self._kind: object = None
         self._heartbeats = 0  # of the training thread; that they go on is what the watchdog watches
         self._now = _Heard(0, 0, "starting")
         self._closed = threading.Event()
@@ -88,15 +90,22 @@ class Peers:
         A signal is answered one step later: see :meth:`simclr.distributed.SideChannel.vote`.
         """
         self._tell("training", step)
-        if self._limit != self._timeout:
-            self._limit = self._timeout
-            self._channel.set_timeout(datetime.timedelta(seconds=self._timeout))
+        self._set_limit(self._timeout)
         received = self._signals.received
         agreed = self._channel.vote(received * world_size() + rank() if received else 0)
         if not agreed:
             return ""
         number, asked = divmod(agreed, world_size())
         return signal.Signals(number).name + (f" on rank {asked}" if world_size() > 1 else "")
+
+    def expect(self, kind: object) -> None:
+        """Say what kind of steps comes next: the first one of another kind may compile, and has START_SECONDS.
+
+        Every rank must say the same.
+        """
+        if kind != self._kind:
+            self._kind = kind
+            self._set_limit(START_SECONDS)
 
     def working(self, doing: str) -> None:
         """Tell that ``doing`` goes on, and wait until all ranks have come as far. For long work, after each part.
@@ -174,6 +183,11 @@ class Peers:
     def __exit__(self, *exception: object) -> None:
         self._closed.set()
         self._watchdog.join()
+
+    def _set_limit(self, seconds: float) -> None:
+        if self._limit != seconds:
+            self._limit = seconds
+            self._channel.set_timeout(datetime.timedelta(seconds=seconds))
 
     def _tell(self, doing: str, step: int | None = None) -> None:
         self._heartbeats += 1
