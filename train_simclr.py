@@ -135,7 +135,7 @@ def update(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     config = run.config
     run.guard.begin()
     passes = whole_batch if config.speed.micro_batch_size is None else in_micro_batches
-    with distributed.known_equal_rows():  # the plan sees to it
+    with distributed.alike():  # the plan sees to it, and all take the same loss
         loss, z1, z2 = passes(run, views)
     if run.way.averages_gradients:  # else DDP has, during the backward pass
         distributed.average_gradients(run.plain_model.parameters())

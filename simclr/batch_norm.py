@@ -34,14 +34,13 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = at_least_float32(x)
-        parts = wide.view(groups, -1, *x.shape[1:])
-        mean, variance, count = _over_ranks(*_of_rank(parts))
-        inverse_std = (variance + eps).rsqrt()
-        scale = inverse_std if weight is None else inverse_std * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        shape = _along_channels(parts)
+        beside = [groups, 1, -1, *[1] * (x.ndim - 2)]  # the shape of numbers that stand beside grouped values
+        mean, variance, count = _over_ranks(_of_rank(wide, groups), beside)
+        inverse_std = (variance + eps).rsqrt_()
+        scale = inverse_std if weight is None else inverse_std * weight.view(beside[2:])
+        shift = -mean * scale if bias is None else torch.addcmul(bias.view(beside[2:]), mean, scale, value=-1)
         y = torch.empty_like(wide)  # no view, which the layer behind may not change in place
-        torch.addcmul(shift.view(shape), parts, scale.view(shape), out=y.view(parts.shape))
+        torch.addcmul(shift, _grouped(wide, groups), scale, out=_grouped(y, groups))
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         return y.to(x.dtype), mean, variance, count
@@ -50,57 +49,73 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std, count = ctx.saved_tensors
-        groups = len(mean)
-        parts, gradient = (at_least_float32(t).view(groups, -1, *x.shape[1:]) for t in (x, dy))
-        own = torch.stack([_products(*each) for each in zip(gradient, parts, mean, inverse_std, strict=True)])
-        means = distributed.total(own) / count  # (g, 2, c): of dy * xhat, of dy
-        scale = inverse_std if weight is None else inverse_std * weight
-        along = -inverse_std * means[:, 0]  # d loss / d x = scale * (dy + along * (x - mean) - mean of dy)
-        shift, shape = -along * mean - means[:, 1], _along_channels(parts)
-        dx = torch.addcmul((scale * shift).view(shape), gradient, scale.view(shape))
-        dx = dx.addcmul_(parts, (scale * along).view(shape)).view(x.shape).to(dy.dtype)
-        of_weight, of_bias = own.sum(0) if weight is not None else (None, None)
+        wide, gradient = at_least_float32(x), at_least_float32(dy)
+        own = _products(gradient, wide, mean, inverse_std)  # (2, g, c): sums of dy * xhat, of dy
+        mean_product, mean_gradient = (distributed.total(own) / count).view(2, *mean.shape).unbind()
+        scale = inverse_std if weight is None else inverse_std * weight.view(mean.shape[2:])
+        # d loss / d x = scale * dy - slope * x + shift
+        slope = (scale * inverse_std).mul_(mean_product)
+        shift = (slope * mean).addcmul_(scale, mean_gradient, value=-1)
+        dx = torch.addcmul(shift, _grouped(gradient, len(mean)), scale)
+        dx = dx.addcmul_(_grouped(wide, len(mean)), slope, value=-1).view(x.shape).to(dy.dtype)
+        of_weight, of_bias = own.sum(1) if weight is not None else (None, None)
         return dx, of_weight, of_bias, None, None
 
 
-def _of_rank(parts: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return mean and biased variance (g, c) of this rank's (g, b, c, ...), and the values behind each."""
-    count = parts.numel() // (len(parts) * parts.shape[2])
+def _of_rank(x: Tensor, groups: int) -> Tensor:
+    """Return what this rank tells of x (g * b, c, ...): means and biased variances, (g, c) each, and their count."""
+    count = x.numel() // (groups * x.shape[1])
     if count == 0:
-        nothing = parts.new_zeros(len(parts), parts.shape[2])
-        return nothing, nothing, 0
-    if torch.compiler.is_compiling():
-        variance, mean = torch.var_mean(parts, _all_but_channels(parts), correction=0)
-        return mean, variance, count
-    # The kernel of torch's own batch normalisation: one pass, ten times as fast on CPUs as var_mean.
-    means, variances = zip(*(torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts), strict=True)
-    return torch.stack(means), torch.stack(variances), count
+        told = [x.new_zeros(2 * groups * x.shape[1])]
+    elif torch.compiler.is_compiling():
+        parts = _grouped(x, groups)
+        variance, mean = torch.var_mean(parts, [1, *range(3, parts.ndim)], correction=0)
+        told = [mean.view(-1), variance.view(-1)]
+    else:
+        # The kernel of torch's own batch normalisation: one pass, ten times as fast on CPUs as var_mean.
+        statistics = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in _parts(x, groups)]
+        told = [mean for mean, _ in statistics] + [variance for _, variance in statistics]
+    return torch.cat([*told, told[0].new_full((1,), count)])
 
 
-def _over_ranks(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance (g, c) over all ranks, and the count of all, by one message.
+def _over_ranks(told: Tensor, shape: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance over all ranks, and the count of all, from :func:`_of_rank`, by one message.
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance": what the ranks' means add to
     their variances. The mean of squares minus the squared mean would cancel badly.
     """
-    told = torch.cat([mean.reshape(-1), variance.reshape(-1), mean.new_full((1,), count)])
     every = distributed.gather(told).view(-1, len(told))  # a row for each rank
-    counts = every[:, -1].view(-1, 1, 1)
-    means, variances = every[:, :-1].view(len(every), 2, *mean.shape).unbind(1)
+    counts = every[:, -1]
     total = counts.sum()
-    share = counts / total
-    whole_mean = (share * means).sum(0)
-    return whole_mean, (share * (variances + (means - whole_mean).square())).sum(0), total
+    share = (counts / total).view(-1, *[1] * len(shape))
+    means, variances = every[:, :-1].view(len(every), 2, *shape).unbind(1)
+    mean = (share * means).sum(0)
+    return mean, (means - mean).square_().add_(variances).mul_(share).sum(0), total
 
 
 def _products(dy: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
-    """Return the sums of dy * xhat and of dy over (b, ...), as (2, c)."""
+    """Return this rank's sums of dy * xhat and of dy, (2, g, c)."""
+    groups = len(mean)
     if len(x) == 0:
-        return mean.new_zeros(2, len(mean))
-    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, None, None, mean, inverse_std, True, 0.0, [False, True, True]
-    )
-    return torch.stack([of_weight, of_bias])
+        return mean.new_zeros(2, groups, mean.shape[2])
+    each = zip(_parts(dy, groups), _parts(x, groups), mean.view(groups, -1), inverse_std.view(groups, -1), strict=True)
+    found = [
+        torch.ops.aten.native_batch_norm_backward(
+            gradient, part, None, None, None, own_mean, own_std, True, 0.0, [False, True, True]
+        )
+        for gradient, part, own_mean, own_std in each
+    ]
+    sums = torch.cat([of_weight for _, of_weight, _ in found] + [of_bias for _, _, of_bias in found])
+    return sums.view(2, groups, -1)
+
+
+def _parts(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    return x.chunk(groups) if groups > 1 else (x,)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Return (g * b, c, ...) as (g, b, c, ...)."""
+    return x.view(groups, -1, *x.shape[1:])
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
@@ -150,8 +165,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         groups = self.groups if self.training else 1
         y, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, groups, self.eps)
         if self.training:
-            for of_group in zip(mean, variance, strict=True):  # as if the groups had passed one after the other
-                self._update_running_statistics(*of_group, count)
+            for group in range(groups):  # as if one after the other had passed
+                self._update_running_statistics(mean[group].view(-1), variance[group].view(-1), count)
         return y
 
     @torch.no_grad()
@@ -166,9 +181,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._NormBase):
         self.num_batches_tracked.add_(1)
         # momentum None is torch's way to ask for the cumulative average
         weight = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        unbiased = variance * count / (count - 1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * (count / (count - 1)), weight)
 
 
 def replace_batch_norm(module: nn.Module, groups: int = 1) -> nn.Module:
@@ -225,13 +239,3 @@ def _replace(module: nn.Module, groups: int) -> nn.Module:
         setattr(replacement, name, child)
     replacement.training, replacement.groups = module.training, groups
     return replacement
-
-
-def _all_but_channels(parts: Tensor) -> list[int]:
-    """Return the dimensions of (g, b, c, ...) but groups and channels."""
-    return [1, *range(3, parts.ndim)]
-
-
-def _along_channels(parts: Tensor) -> list[int]:
-    """Return the shape in which (g, c) values stand beside (g, b, c, ...) ones."""
-    return [len(parts), 1, -1, *[1] * (parts.ndim - 3)]

@@ -83,11 +83,12 @@ class _SharedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.are_alike = _are_alike
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return sum_over_ranks(gradients[0])
+        return gradients[0] * world_size() if ctx.are_alike else sum_over_ranks(gradients[0])
 
 
 def gather_with_grad(rows: Tensor, *, known_equal: bool = False) -> Tensor:
@@ -186,6 +187,14 @@ def _group_name() -> str:
     return str(dist.group.WORLD.group_name)  # type: ignore[union-attr]  # there is a group
 
 
+def gather_weights(weight: Tensor) -> Tensor:
+    """Return what each rank multiplies its loss by, a scalar, as (world_size,).
+
+    Collective call, except within :func:`alike`.
+    """
+    return weight.expand(world_size()) if _are_alike else gather(weight.reshape(1))
+
+
 def max_over_ranks(values: Tensor) -> Tensor:
     """Return the elementwise maximum of ``values`` over all ranks, without gradient. Collective call."""
     if world_size() == 1:
@@ -199,7 +208,7 @@ def shared_gradient(value: Tensor) -> Tensor:
     """Return ``value``, the same on every rank; what the ranks' losses ask of it is summed over ranks, once, here.
 
     So what comes before it, which every rank makes alike, needs no communication in its backward pass. Collective in
-    the backward pass.
+    the backward pass, except within :func:`alike`.
     """
     if world_size() == 1:
         return value
@@ -306,27 +315,30 @@ def is_lost_peer(error: BaseException) -> bool:
 # are gathered every time, so that all ranks make the same collective calls: wherever counts differ, at least one rank
 # differs from the last common count, reads, and raises.
 _last_common_count: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_rows_are_equal = False
+_are_alike = False
 
 
 @contextlib.contextmanager
-def known_equal_rows() -> Iterator[None]:
-    """Leave :func:`require_equal_rows` out, and its message, where every rank holds as many rows by construction."""
-    global _rows_are_equal
-    before, _rows_are_equal = _rows_are_equal, True
+def alike() -> Iterator[None]:
+    """Say that all ranks hold as many rows, and multiply their losses by the same, so that nobody has to ask.
+
+    That saves two messages a step. Anywhere else a loss asks, since a wrong answer would be a wrong gradient.
+    """
+    global _are_alike
+    before, _are_alike = _are_alike, True
     try:
         yield
     finally:
-        _rows_are_equal = before
+        _are_alike = before
 
 
 def require_equal_rows(rows: Tensor) -> None:
     """Raise ValueError, with the numbers, unless every rank holds as many rows; see :func:`gather_with_grad`.
 
-    Collective call, except within :func:`known_equal_rows`. The host waits for the device where the number is another
+    Collective call, except within :func:`alike`. The host waits for the device where the number is another
     than at the last call.
     """
-    if world_size() == 1 or _rows_are_equal:
+    if world_size() == 1 or _are_alike:
         return
     counts_on_device = _all_counts(rows)
     if _last_common_count.get(dist.group.WORLD) == len(rows):
@@ -350,4 +362,4 @@ def _all_counts(rows: Tensor) -> Tensor:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32, in which sums over devices are taken, or as it is if it is float64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in {torch.float32, torch.float64} else x.float()

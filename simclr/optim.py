@@ -225,9 +225,9 @@ class Muon(_Skippable):
                 gradient = torch.where(skip, 0.0, gradient)
             buffer.mul_(momentum).add_(gradient)
             asked, own = gradient.add_(buffer * group["momentum"]), share[distributed.rank()]
-            if len(asked[own]) == len(asked):
+            if own.stop - own.start == len(asked):
                 asked = orthogonalise(asked)
-            elif len(asked[own]):
+            elif own.stop > own.start:
                 asked[own] = orthogonalise(asked[own])
             directions.append(asked)
         _exchange(directions, shares)

@@ -80,7 +80,7 @@ class _NTXent(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, length, scale, lse, columns, columns_lse = ctx.saved_tensors
-        weights = distributed.gather(gradient.reshape(1).to(x.dtype))  # of each rank's loss
+        weights = distributed.gather_weights(gradient.to(x.dtype))  # of each rank's loss
         own = distributed.rank()
         total: Tensor | None = None
         for (owner, block), (_, block_lse) in zip(_blocks(columns), _blocks(columns_lse), strict=True):
