@@ -9,6 +9,7 @@ folder is not made, locked or written to. Compiled code is kept in its caches, a
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import socket
 import time
@@ -194,9 +195,13 @@ def disk_line(run: Run) -> str:
     most = (run.config.keep_checkpoints + 1) * whole + 2 * model  # while one is replaced, both are there
     folder = run.config.folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    trouble = "" if free > most else ": TOO LITTLE, free some space or name another --output"
+    if not os.access(existing, os.W_OK):
+        trouble += f"; {existing} CANNOT BE WRITTEN TO, name another --output"
     return (
         f"checkpoints of {mb(whole)}, at most {mb(most)} at once, in {run.config.folder}; "
-        f"{gib(shutil.disk_usage(existing).free)} are free there"
+        f"{gib(free)} are free there{trouble}"
     )
 
 

@@ -6,7 +6,9 @@ import collections
 import dataclasses
 import os
 import re
+import shutil
 import signal
+import types
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,19 @@ def test_a_dry_run_is_refused_what_the_run_would_be(config: TrainConfig, tmp_pat
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match=r"holds no run, but photo\.jpg"):
         rehearse(dataclasses.replace(config, output=tmp_path))
+
+
+def test_a_disk_that_does_not_do_is_told(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rehearse(config)
+    assert "TOO LITTLE" not in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    rehearse(config)
+    said = capsys.readouterr().out
+    assert "TOO LITTLE, free some space" in said
+    assert f"{config.data.parent} CANNOT BE WRITTEN TO" in said
 
 
 def test_a_signal_ends_a_dry_run(config: TrainConfig) -> None:
