@@ -10,13 +10,14 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
 
 from simclr import help_pages, parts
 from simclr.beton import BetonError, load_facts
-from simclr.config import ProbeConfig, TrainConfig
+from simclr.config import ProbeConfig, TrainConfig, from_json
 from simclr.help_pages import Section
 from simclr.presets import DEFAULT, PRESETS
 
@@ -93,16 +94,23 @@ def parse_probe_config(arguments: Sequence[str] | None = None, description: str 
     return tyro.cli(ProbeConfig, args=words, description=description)
 
 
-def parse_train_config(
-    arguments: Sequence[str] | None = None, description: str | None = None, start: TrainConfig | None = None
-) -> TrainConfig:
-    """Read ``[PRESET] [--field value ...]``, by default from the command line; with ``start``, no preset but that.
+def parse_train_config(arguments: Sequence[str] | None = None, description: str | None = None) -> TrainConfig:
+    """Read ``[PRESET | --config FILE] [--field value ...]``, by default from the command line.
 
-    Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
-    a message. Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is
-    taken, aloud.
+    FILE is what a run has written as config.json. Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown
+    presets, fields and values end the program, with a message. Where the data file has too few images for the preset's
+    batch, and none is asked for, a smaller one is taken, aloud.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        own, _ = _value_of("--parts", words)
+        if own not in (None, "None"):
+            parts.load(own)  # before names are read that it makes known
+        file, words = _value_of("--config", words)
+        start = None if file is None else _read_config(Path(file))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     if (section := help_pages.asked_for(words)) is not None:
         _show_train_help(words, section, description or "", start)
     if start is not None:
@@ -113,11 +121,6 @@ def parse_train_config(
     for option in sorted(options & _CHANGED_OPTIONS.keys()):
         print(f"{option} {_CHANGED_OPTIONS[option]}", file=sys.stderr)
         sys.exit(2)
-    try:
-        load_parts(words)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     choices = {
         name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
     }
@@ -127,14 +130,14 @@ def parse_train_config(
 
 _NO_SETTINGS = (
     ("--dry-run", "Say all that is derived, and what time, memory and disk the run takes. Writes nothing."),
-    ("--repeat RUN", "In place of a preset: the settings of another run, from its manifest."),
+    ("--config FILE", "In place of a preset: the config.json of another run. Options override it."),
 )
 
 
 def _show_train_help(words: Sequence[str], section: str, description: str, start: TrainConfig | None) -> NoReturn:
     program = "python train_simclr.py"
     if start is not None:
-        _show_help(f"{program} --repeat RUN", start, _TRAIN_PAGES, section)
+        _show_help(f"{program} --config FILE", start, _TRAIN_PAGES, section)
     if words[0] in PRESETS:
         preset = PRESETS[words[0]]
         about = f"Source: {preset.source}.\n\nResult: {preset.expected}."
@@ -174,22 +177,23 @@ def _show_help(
     sys.exit(0)
 
 
-def load_parts(words: Sequence[str]) -> None:
-    """Execute the file of ``--parts``, so that the names in the other options are known.
-
-    :func:`parse_train_config` does so itself, unless it is given where to start.
-
-    Raises:
-        ValueError: As :func:`simclr.parts.load`.
-    """
+def _value_of(option: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the value of an option, None where it is not given, and the other words. Raises ValueError without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--parts")
+    parser.add_argument(option)
     try:
-        path = parser.parse_known_args(words)[0].parts
-    except argparse.ArgumentError:
-        return  # --parts without a file, which is refused by what reads all options
-    if path not in (None, "None"):
-        parts.load(path)
+        found, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{option} takes a file") from error
+    value: str | None = getattr(found, option[2:])
+    return value, others
+
+
+def _read_config(path: Path) -> TrainConfig:
+    try:
+        return from_json(TrainConfig, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path}: {error}; name the config.json of a run of this version") from error
 
 
 def _fit_batch(config: TrainConfig) -> TrainConfig:

@@ -316,6 +316,22 @@ def test_without_a_preset_the_default_is_meant() -> None:
     assert parse_train_config(["--seed", "4"]) == dataclasses.replace(PRESETS[DEFAULT].config, seed=4)
 
 
+def test_a_file_of_settings_that_does_not_do_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    for content, words, message in (
+        (None, ["--config", str(file)], f"--config {file}: .*No such file.*; name the config.json of a run"),
+        ("{}", ["--config", str(file)], f"--config {file}: TrainConfig has missing fields .*; name the config.json"),
+        (to_json(TrainConfig()), ["--config"], "--config takes a file"),
+        (to_json(TrainConfig()), ["demo", "--config", str(file)], "demo"),
+    ):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            parse_train_config(words)
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -12,11 +12,16 @@ import pytest
 
 from simclr import command_line, help_pages
 from simclr.command_line import parse_probe_config, parse_train_config
-from simclr.config import ProbeConfig, TrainConfig, settings_of
+from simclr.config import ProbeConfig, TrainConfig, settings_of, to_json
 from simclr.help_pages import Section, options_of
 from simclr.presets import PRESETS
 
 PAGES: dict[type, Sequence[Section]] = {TrainConfig: command_line._TRAIN_PAGES, ProbeConfig: command_line._PROBE_PAGES}
+
+
+def from_settings(config: TrainConfig, folder: Path, *words: str) -> TrainConfig:
+    (folder / "config.json").write_text(to_json(config))
+    return parse_train_config(["--config", str(folder / "config.json"), *words])
 
 
 def words_of(config: Any) -> list[str]:
@@ -32,12 +37,12 @@ def shown(words: list[str], capsys: pytest.CaptureFixture[str], read: Any = pars
 
 
 @pytest.mark.parametrize("name", ["demo", "fast-simclr", "cifar10-barlow-1000"])
-def test_the_options_that_are_shown_are_those_that_are_read(name: str) -> None:
+def test_the_options_that_are_shown_are_those_that_are_read(name: str, tmp_path: Path) -> None:
     """All words of a preset's options turn any other preset into it."""
     wanted = dataclasses.replace(
         PRESETS[name].config, num_validation=7, allow_changed=("epochs", "data"), checkpoint_every_steps=3
     )
-    assert parse_train_config(words_of(wanted), start=PRESETS["cpu-barlow"].config) == wanted
+    assert from_settings(PRESETS["cpu-barlow"].config, tmp_path, *words_of(wanted)) == wanted
     assert {option.path for option in options_of(wanted)} == settings_of(wanted).keys() - {"parts_sha256"}
 
 
@@ -97,10 +102,10 @@ def test_an_unknown_page_is_refused(words: list[str], named: str, capsys: pytest
     assert re.search(rf"there is no such page; there are .*\b{named}\b", capsys.readouterr().err)
 
 
-def test_a_run_that_is_repeated_shows_its_own_values(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_repeated_shows_its_own_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = dataclasses.replace(PRESETS["demo"].config, epochs=77)
     with pytest.raises(SystemExit):
-        parse_train_config(["--help"], start=start)
+        from_settings(start, tmp_path, "--help")
     assert "--epochs 77 " in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ import linear_probe
 import train_simclr
 from simclr import export, losses, parts
 from simclr.command_line import parse_train_config
-from simclr.config import LossConfig, ProbeConfig, SpeedConfig, TrainConfig
+from simclr.config import LossConfig, ProbeConfig, SpeedConfig, TrainConfig, to_json
 from simclr.models import ModelConfig, SimCLR, make_encoder
 from simclr.run import checkpoint
 from simclr.run.opening import statement
@@ -313,6 +313,8 @@ def test_the_command_line_loads_the_file_before_it_reads_the_names(tmp_path: Pat
     config = parse_train_config(["demo", "--parts", str(path), "--loss.name", "more"])
     assert (config.parts, config.loss.name) == (path, "more")
     assert config.parts_sha256 == parts.sha256_of(path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert parse_train_config(["--config", str(tmp_path / "config.json"), "--parts", str(path)]) == config
     with pytest.raises(SystemExit):
         parse_train_config(["demo", f"--parts={tmp_path / 'gone.py'}"])
 

@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 
 from simclr import losses, parts
-from simclr.config import Derived, TrainConfig
+from simclr.config import Derived, TrainConfig, to_json
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
 from simclr.fast.captured import Way
 from simclr.fast.feed import ViewFeed
 from simclr.models import SimCLR, count_parameters
 from simclr.optim import describe_groups, parameter_groups
-from simclr.run import checkpoint, runlog
+from simclr.run import checkpoint, files, runlog
 from simclr.run.devices import parameter_dtype
 from simclr.run.resuming import Progress
 from simclr.views import describe, say_view_stages
@@ -102,7 +102,7 @@ def write_manifest(
     accelerator: Accelerator,
     progress: Progress,
 ) -> str:
-    """Write manifest.json: what the result depends on, and the sessions that made it; and a copy of own parts.
+    """Write manifest.json, what the result depends on and the sessions that made it; config.json; a copy of own parts.
 
     Returns:
         When the first session began; empty if an earlier version did not write it.
@@ -123,6 +123,7 @@ def write_manifest(
     }
     before = runlog.read_manifest(config.folder) if progress.step else None
     sessions = [*(before or {}).get("sessions", []), session]
+    files.replace(config.folder / runlog.CONFIG, to_json(config))
     runlog.write_json(
         path,
         {
