@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from tyro.conf import OmitArgPrefixes, Suppress
+from tyro.conf import OmitArgPrefixes
 
 from simclr import parts, schema
 from simclr.distributed import divisible_batches
@@ -165,9 +165,6 @@ class TrainConfig:
     """A Python file that registers an encoder, a projector, an objective or views of your own; it is executed. See
     docs/own_parts.md."""
 
-    parts_sha256: Annotated[str, Suppress] = ""
-    """Of that file's content; filled in."""
-
     view_sizes: tuple[tuple[Size, Positive], ...] = ()
     """Side of the views in pixels, and the share of the epochs that it holds for, such as 16 0.5 24 0.3: smaller views
     first take less time. The epochs after these have views of the stored images' side; so has every measurement."""
@@ -236,8 +233,6 @@ class TrainConfig:
         require(valid_name, "name", self.name, "a name for a folder, without slashes")
         fits = sum(share for _, share in self.view_sizes) <= 1
         require(fits, "view_sizes", self.view_sizes, "shares of the epochs that are at most 1 in all")
-        if self.parts is not None and not self.parts_sha256:
-            object.__setattr__(self, "parts_sha256", parts.sha256_of(self.parts))
         self._require_known_parts()
         names = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
@@ -258,11 +253,11 @@ class TrainConfig:
             parts.require_settings(self.loss.name, (name for name, _ in self.loss.settings))
             parts.VIEWS.require(self.augmentation, "augmentation")
         except ValueError as error:
-            if self.parts is None or parts.is_loaded(self.parts_sha256):
+            if self.parts is None:
                 raise
             raise ValueError(
-                f"{error}. This run has parts of its own, of {self.parts} (SHA-256 {self.parts_sha256[:12]}...): name "
-                f"that file with --parts, or in Python call simclr.parts.load({str(self.parts)!r}) before"
+                f"{error}. If {self.parts} registers it, load that file, or the copy in the run's folder, first: "
+                f"--parts {self.parts}, or in Python simclr.parts.load({str(self.parts)!r})"
             ) from error
 
     @property
@@ -516,10 +511,14 @@ _ADDED_LATER = {
     "loss.settings": [],
     "augmentation": "standard",
     "parts": None,
-    "parts_sha256": "",
     "tracker_project": "simclr",
 }
-_GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
+_GIVEN_UP = {
+    "parts_sha256": None,
+    "loss.barlow_twins_form": None,
+    "loss.centre": True,
+    "optimizer.final_learning_rate": 0.0,
+}
 _RENAMED = {("speed.nt_xent_form", "ring"): "tiled", ("speed.compile", "reduce-overhead"): "graph-compiled"}
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from simclr import losses, parts
+from simclr import losses
 from simclr.config import Derived, TrainConfig, to_json
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
@@ -40,7 +40,7 @@ def say_start(
     print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
     print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
     if config.parts is not None:
-        print(f"parts:      {config.parts} (SHA-256 {config.parts_sha256[:12]}...)")
+        print(f"parts:      {config.parts}")
     print(f"loader:     {source.backend} ({source.reason})")
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
@@ -108,9 +108,8 @@ def write_manifest(
         When the first session began; empty if an earlier version did not write it.
     """
     path = config.folder / runlog.MANIFEST
-    if config.parts_sha256:
-        with checkpoint.whole_file(config.folder / checkpoint.PARTS) as file:
-            file.write(parts.content_of(config.parts_sha256))
+    if config.parts is not None:
+        files.replace(config.folder / checkpoint.PARTS, config.parts.read_bytes())
     session = {
         "environment": runlog.environment(),
         "from_step": progress.step,
