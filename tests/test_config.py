@@ -274,25 +274,6 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
         from_json(TrainConfig, json.dumps(values))
 
 
-def test_settings_of_earlier_checkpoints_are_understood() -> None:
-    config = TrainConfig(seed=3, speed=SpeedConfig(loader="memory", nt_xent_form="tiled", kernels="torch"))
-    values = json.loads(to_json(config))
-    speed = values.pop("speed")
-    del speed["recompute"]  # came later
-    values["loss"] |= {"nt_xent_form": "ring", "kernels": speed.pop("kernels")}
-    values |= {name: value for name, value in speed.items() if name != "nt_xent_form"}
-    values["loss"] |= {"barlow_twins_form": "gather", "centre": True}
-    values["optimizer"] |= {"final_learning_rate": 0.0}
-    assert from_json(TrainConfig, json.dumps(values)) == config
-    values["optimizer"]["final_learning_rate"] = 0.1
-    with pytest.raises(ValueError, match=r"optimizer.final_learning_rate is 0.1, expected 0.0, as this version has no"):
-        from_json(TrainConfig, json.dumps(values))
-    values["optimizer"]["final_learning_rate"] = 0
-    values["loss"]["centre"] = False
-    with pytest.raises(ValueError, match=r"loss.centre is False, expected True, as this version has no other"):
-        from_json(TrainConfig, json.dumps(values))
-
-
 def test_a_table_comes_back_from_json() -> None:
     facts = Facts(
         1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c" * 64, 1, "f" * 64, {}

@@ -105,7 +105,7 @@ def write_manifest(
     """Write manifest.json, what the result depends on and the sessions that made it; config.json; a copy of own parts.
 
     Returns:
-        When the first session began; empty if an earlier version did not write it.
+        When the first session began.
     """
     path = config.folder / runlog.MANIFEST
     if config.parts is not None:
@@ -132,5 +132,5 @@ def write_manifest(
             "sessions": sessions,
         },
     )
-    begun: str = sessions[0].get("environment", {}).get("date", "")
+    begun: str = sessions[0]["environment"]["date"]
     return begun

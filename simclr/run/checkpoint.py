@@ -424,7 +424,7 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
         config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
         encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
         num_classes, width = payload["model"]["head.weight"].shape
-        size = payload.get("image_size")  # earlier versions read images as they are stored
+        size = payload["image_size"]
         classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"], size)
         classifier.load_state_dict(payload["model"], strict=True)
     except CheckpointError:
