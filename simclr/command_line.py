@@ -29,16 +29,7 @@ _EVERYDAY = (
     "optimizer.base_learning_rate",
 )
 _EVERYDAY_OF_PROBE = (
-    "run",
-    "mode",
-    "label_fraction",
-    "train",
-    "test",
-    "image_sizes",
-    "output",
-    "baselines",
-    "pdf",
-    "seed",
+    *("run", "mode", "label_fraction", "train", "test", "image_sizes", "output", "baselines", "pdf", "seed"),
 )
 _DRY_RUN = "--dry-run says all that is derived, and what time, memory and disk a run takes; it writes nothing."
 _HELP = ("--help", "-h")

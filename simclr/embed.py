@@ -60,7 +60,7 @@ class Options:
     output: Path
     """FILE.parquet, or FILE.npy with FILE.json beside it."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """What to do if some images cannot be read. All of them are listed in either case, and the others are computed."""
+    """What to do if some images cannot be read. All of them are listed in either case."""
     batch_size: Size = 256
     """Images at a time."""
     image_size: Size | None = None
