@@ -2,14 +2,14 @@ r"""Pretrains an encoder with SimCLR or Barlow Twins, on any number of devices.
 
     python train_simclr.py demo
     python train_simclr.py demo --dry-run
-    python train_simclr.py --repeat results/demo
+    python train_simclr.py --config results/demo-seed0/config.json --name again
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes 4 \
         train_simclr.py cifar10-simclr-100 --world-size 4
 
-With the data file, the configuration determines the weights, whatever the number of devices; --repeat RUN takes it from
-another run's manifest. --dry-run says what a run would be and take, and writes nothing. A run that was cut off
-continues, in the middle of an epoch too, when the same command is given again. One that is asked to stop, by a signal
-to any process, saves first and ends with status 75.
+With the data file, the configuration determines the weights, whatever the number of devices; --config takes that of
+another run. --dry-run says what a run would be and take, and writes nothing. A run that was cut off continues, in the
+middle of an epoch too, when the same command is given again. One that is asked to stop, by a signal to any process,
+saves first and ends with status 75.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simclr import distributed, evaluation, losses
-from simclr.command_line import load_parts, parse_train_config
+from simclr.command_line import parse_train_config
 from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
 from simclr.optim import set_learning_rate
-from simclr.run import checkpoint, dry_run, files, host, launch, memory, repeating
+from simclr.run import checkpoint, dry_run, files, host, launch, memory
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.run.meter import Meter
@@ -304,20 +304,8 @@ def save(run: Run, *, is_best: bool) -> None:
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
     host.outlive_readers()
-    try:
-        is_dry, words = dry_run.take_option(sys.argv[1:])
-        source, words = repeating.take_option(words)
-        start = None
-        if source is not None:
-            load_parts(words)  # before the names in the other run's settings are read
-            start = repeating.config_to_repeat(source)
-        config = parse_train_config(words, description=__doc__, start=start)
-        if source is not None:
-            repeating.require_same_images(source, config)
-            repeating.say_differences(source, config)
-    except ValueError as error:  # what the user can put right
-        sys.exit(f"train_simclr.py: {error}")
-    conclude(config, is_dry=is_dry)
+    is_dry, words = dry_run.take_option(sys.argv[1:])
+    conclude(parse_train_config(words, description=__doc__), is_dry=is_dry)
 
 
 def conclude(config: TrainConfig, *, is_dry: bool = False) -> None:

@@ -9,187 +9,123 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import typing
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
-from simclr import help_pages, parts
+from simclr import parts
 from simclr.beton import BetonError, load_facts
-from simclr.config import ProbeConfig, TrainConfig
-from simclr.help_pages import Section
+from simclr.config import ProbeConfig, TrainConfig, from_json
 from simclr.presets import DEFAULT, PRESETS
 
-_CENTRED = "was given up: Barlow Twins' features are always centred, as in the paper's text and code; leave it out"
-_CHANGED_OPTIONS = {
-    "--loss.nt-xent-form": "is now --nt-xent-form",
-    "--loss.kernels": "is now --kernels",
-    "--loss.barlow-twins-form": "was given up: there is one form; leave it out",
-    "--loss.centre": _CENTRED,
-    "--loss.no-centre": _CENTRED,
-    "--optimizer.final-learning-rate": "was given up: the learning rate always falls to 0; leave it out",
-}
+Config = TypeVar("Config")
 
-_TRAIN_PAGES = (
-    Section(
-        "everyday",
-        "Everyday options, as they are in this preset. What is on or off is shown as it is; --X turns --no-X around:",
-        (
-            *("name", "data", "output", "seed", "epochs", "global_batch_size", "loss.name", "loss.temperature"),
-            *("model.encoder", "optimizer.name", "optimizer.base_learning_rate", "view_sizes", "num_validation"),
-            *("precision", "speed.recompute", "world_size", "tracker"),
-        ),
-    ),
-    Section("loss", "The objective.", ("loss",)),
-    Section(
-        "model",
-        "Encoder and projector, batch normalisation, number format.",
-        ("model", "global_batch_norm", "batch_norm_per_view", "precision"),
-    ),
-    Section("optimizer", "Optimizer and learning rate.", ("epochs", "global_batch_size", "optimizer", "on_nonfinite")),
-    Section(
-        "views",
-        "The two random views of each image.",
-        ("view_sizes", "augmentation", "view_1", "view_2"),
-        twins=("view_1", "view_2"),
-    ),
-    Section(
-        "speed",
-        "How fast, and in how much memory. None of these changes a result by more than rounding.",
-        ("speed",),
-    ),
-    Section("measure", "What is measured on the way, and where it goes.", (
-        *("num_validation", "knn_every_epochs", "log_every_steps", "tracker", "tracker_project"),
-    )),
-    Section("run", "The run, its folder, going on, several processes.", (
-        *("name", "data", "output", "seed", "resume", "allow_changed", "checkpoint_every_epochs"),
-        *("checkpoint_every_steps", "keep_checkpoints", "stop_at_step", "world_size", "timeout_seconds", "parts"),
-    )),
-)  # fmt: skip
-_PROBE_PAGES = (
-    Section(
-        "everyday",
-        "Everyday options. What is on or off is shown as it is; --X turns --no-X around:",
-        ("run", "mode", "label_fraction", "train", "test", "image_sizes", "output", "baselines", "pdf", "seed"),
-    ),
-    Section("images", "What is measured, and where the report goes.", (
-        *("run", "train", "test", "output", "num_validation", "label_fraction", "image_sizes", "loader", "parts"),
-        "seed",
-    )),
-    Section("classifier", "The classifier on top, and the encoder under it.", (
-        *("mode", "features", "epochs", "batch_size", "learning_rates", "weight_decays", "momentum", "precision"),
-    )),
-    Section("neighbours", "k nearest neighbours.", ("knn_neighbours", "knn_temperature")),
-    Section("views", "Views for --features augmented and --mode finetune.", ("view",)),
-    Section("report", "What the report has.", ("baselines", "map_points", "pdf")),
-)  # fmt: skip
+_EVERYDAY = (
+    *("name", "data", "output", "seed", "epochs", "global_batch_size", "view_sizes", "num_validation", "precision"),
+    *("world_size", "tracker", "loss.name", "loss.temperature", "model.encoder", "optimizer.name"),
+    "optimizer.base_learning_rate",
+)
+_EVERYDAY_OF_PROBE = (
+    *("run", "mode", "label_fraction", "train", "test", "image_sizes", "output", "baselines", "pdf", "seed"),
+)
+_DRY_RUN = "--dry-run says all that is derived, and what time, memory and disk a run takes; it writes nothing."
+_HELP = ("--help", "-h")
+_SUPPRESS: Any = tyro.conf.Suppress
 
 
-def parse_probe_config(arguments: Sequence[str] | None = None, description: str | None = None) -> ProbeConfig:
+def parse_probe_config(arguments: Sequence[str] | None = None, description: str = "") -> ProbeConfig:
     """Read the options of linear_probe.py, by default from the command line; help and errors end the program."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if (section := help_pages.asked_for(words)) is not None:
-        _show_help("python linear_probe.py --run RUN", ProbeConfig, _PROBE_PAGES, section, description or "")
-    return tyro.cli(ProbeConfig, args=words, description=description)
+    return _read(ProbeConfig, words, _EVERYDAY_OF_PROBE, description)
 
 
-def parse_train_config(
-    arguments: Sequence[str] | None = None, description: str | None = None, start: TrainConfig | None = None
-) -> TrainConfig:
-    """Read ``[PRESET] [--field value ...]``, by default from the command line; with ``start``, no preset but that.
+def parse_train_config(arguments: Sequence[str] | None = None, description: str = "") -> TrainConfig:
+    """Read ``[PRESET | --config FILE] [--field value ...]``, by default from the command line.
 
-    Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown presets, fields and values end the program, with
-    a message. Where the data file has too few images for the preset's batch, and none is asked for, a smaller one is
-    taken, aloud.
+    FILE is what a run has written as config.json. Without either, :data:`simclr.presets.DEFAULT` is meant. Unknown
+    presets, fields and values end the program, with a message. Where the data file has too few images for the preset's
+    batch, and none is asked for, a smaller one is taken, aloud.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if (section := help_pages.asked_for(words)) is not None:
-        _show_train_help(words, section, description or "", start)
-    if start is not None:
-        return tyro.cli(TrainConfig, default=start, args=words, description=description)
-    if not words or words[0].startswith("-"):
-        words = [DEFAULT, *words]
-    options = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-    for option in sorted(options & _CHANGED_OPTIONS.keys()):
-        print(f"{option} {_CHANGED_OPTIONS[option]}", file=sys.stderr)
-        sys.exit(2)
     try:
-        load_parts(words)
+        own, _ = _value_of("--parts", words)
+        if own not in (None, "None"):
+            parts.load(own)  # before names are read that it makes known
+        file, words = _value_of("--config", words)
+        start = None if file is None else _read_config(Path(file))
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    choices = {
-        name: (f"{preset.source}. Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()
-    }
-    config: TrainConfig = tyro.extras.overridable_config_cli(choices, args=words, description=description)
+    program = "train_simclr.py"
+    if start is not None:
+        about = f"With the settings of {file}. {_DRY_RUN}"
+        return _read(TrainConfig, words, _EVERYDAY, about, start, f"{program} --config {file}")
+    if words and words[0] in _HELP and "all" not in words:
+        about = f"{description}\n\nPRESET --help shows options. Without a preset, {DEFAULT} is meant."
+        choices = {name: (f"Result: {preset.expected}.", preset.config) for name, preset in PRESETS.items()}
+        tyro.extras.overridable_config_cli(choices, args=["--help"], description=about, prog=program)
+    name = words.pop(0) if words and not words[0].startswith("-") else DEFAULT
+    if name not in PRESETS:
+        print(f"there is no preset {name}; there are {', '.join(PRESETS)}", file=sys.stderr)
+        sys.exit(2)
+    preset = PRESETS[name]
+    about = f"Source: {preset.source}.\n\nResult: {preset.expected}.\n\n{_DRY_RUN}"
+    config = _read(TrainConfig, words, _EVERYDAY, about, preset.config, f"{program} {name}")
+    options = {word.split("=")[0].replace("_", "-") for word in words}
     return config if "--global-batch-size" in options else _fit_batch(config)
 
 
-_NO_SETTINGS = (
-    ("--dry-run", "Say all that is derived, and what time, memory and disk the run takes. Writes nothing."),
-    ("--repeat RUN", "In place of a preset: the settings of another run, from its manifest."),
-)
+def _read(
+    kind: type[Config],
+    words: Sequence[str],
+    everyday: Collection[str],
+    about: str,
+    default: Any = tyro.MISSING_NONPROP,
+    program: str | None = None,
+) -> Config:
+    """Read options by tyro. ``--help`` shows the everyday ones, ``--help all`` all of them."""
+    asked = next((i for i, word in enumerate(words) if word in _HELP), None)
+    if asked is not None and list(words[asked + 1 : asked + 2]) != ["all"]:
+        kind, default = _only(everyday, kind, default)
+        about += "\n\nThese are the everyday options. --help all shows all of them."
+    config: Config = tyro.cli(kind, default=default, args=words, prog=program, description=about)
+    return config
 
 
-def _show_train_help(words: Sequence[str], section: str, description: str, start: TrainConfig | None) -> NoReturn:
-    program = "python train_simclr.py"
-    if start is not None:
-        _show_help(f"{program} --repeat RUN", start, _TRAIN_PAGES, section)
-    if words[0] in PRESETS:
-        preset = PRESETS[words[0]]
-        about = f"Source: {preset.source}.\n\nResult: {preset.expected}."
-        _show_help(f"{program} {words[0]}", preset.config, _TRAIN_PAGES, section, about, _NO_SETTINGS)
-    if section:
-        _show_help(f"{program} {DEFAULT}", PRESETS[DEFAULT].config, _TRAIN_PAGES, section)
-    pages = ", ".join([*(page.name for page in _TRAIN_PAGES[1:]), help_pages.ALL])
-    print(f"usage: {program} PRESET [options]\n\n{help_pages.paragraphs(description)}\n")
-    print(f"Presets, and what they reach ({DEFAULT}, if none is named):")
-    print(help_pages.table([(name, preset.expected) for name, preset in PRESETS.items()]))
-    print("\nOptions:")
-    print(
-        help_pages.table(
-            [
-                ("PRESET --help", "The everyday options of a preset, with its values."),
-                ("PRESET --help PAGE", f"Others: {pages}."),
-                *_NO_SETTINGS,
-            ]
-        )
-    )
-    sys.exit(0)
+def _only(names: Collection[str], kind: Any, default: Any) -> tuple[Any, Any]:
+    """Return a dataclass, and a value of it, of which help shows some fields alone: tyro hides none that it reads."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values = {} if default is tyro.MISSING_NONPROP else dict(vars(default))
+    for name, hint in hints.items():
+        below = [path.removeprefix(f"{name}.") for path in names if path.startswith(f"{name}.")]
+        if below:
+            hints[name], values[name] = _only(below, hint, values[name])
+        elif name not in names:
+            hints[name] = _SUPPRESS[hint]
+    shown = type(kind.__name__, (kind,), {"__annotations__": hints, "__doc__": kind.__doc__})
+    return shown, shown(**values) if values else default
 
 
-def _show_help(
-    command: str,
-    config: Any,
-    pages: Sequence[Section],
-    section: str,
-    about: str = "",
-    more: Sequence[tuple[str, str]] = (),
-) -> NoReturn:
-    try:
-        print(help_pages.page(command, config, pages, section, about=about, more=more))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
-
-
-def load_parts(words: Sequence[str]) -> None:
-    """Execute the file of ``--parts``, so that the names in the other options are known.
-
-    :func:`parse_train_config` does so itself, unless it is given where to start.
-
-    Raises:
-        ValueError: As :func:`simclr.parts.load`.
-    """
+def _value_of(option: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the value of an option, None where it is not given, and the other words. Raises ValueError without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--parts")
+    parser.add_argument(option)
     try:
-        path = parser.parse_known_args(words)[0].parts
-    except argparse.ArgumentError:
-        return  # --parts without a file, which is refused by what reads all options
-    if path not in (None, "None"):
-        parts.load(path)
+        found, others = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{option} takes a file") from error
+    value: str | None = getattr(found, option[2:])
+    return value, others
+
+
+def _read_config(path: Path) -> TrainConfig:
+    try:
+        return from_json(TrainConfig, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {path}: {error}; name the config.json of a run of this version") from error
 
 
 def _fit_batch(config: TrainConfig) -> TrainConfig:

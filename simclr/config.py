@@ -11,9 +11,9 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from tyro.conf import OmitArgPrefixes, Suppress
+from tyro.conf import OmitArgPrefixes
 
 from simclr import parts, schema
 from simclr.distributed import divisible_batches
@@ -21,6 +21,8 @@ from simclr.losses import KernelChoice, NTXentForm
 from simclr.models import ModelConfig, require_known_encoder
 from simclr.optim import learning_rate_at
 from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
+from simclr.schema import from_json as from_json
+from simclr.schema import from_values as from_values
 from simclr.schema import to_json as to_json
 from simclr.views import ViewSpec
 
@@ -165,9 +167,6 @@ class TrainConfig:
     """A Python file that registers an encoder, a projector, an objective or views of your own; it is executed. See
     docs/own_parts.md."""
 
-    parts_sha256: Annotated[str, Suppress] = ""
-    """Of that file's content; filled in."""
-
     view_sizes: tuple[tuple[Size, Positive], ...] = ()
     """Side of the views in pixels, and the share of the epochs that it holds for, such as 16 0.5 24 0.3: smaller views
     first take less time. The epochs after these have views of the stored images' side; so has every measurement."""
@@ -236,8 +235,6 @@ class TrainConfig:
         require(valid_name, "name", self.name, "a name for a folder, without slashes")
         fits = sum(share for _, share in self.view_sizes) <= 1
         require(fits, "view_sizes", self.view_sizes, "shares of the epochs that are at most 1 in all")
-        if self.parts is not None and not self.parts_sha256:
-            object.__setattr__(self, "parts_sha256", parts.sha256_of(self.parts))
         self._require_known_parts()
         names = {field.name for field in dataclasses.fields(self)}
         for name in self.allow_changed:
@@ -258,11 +255,11 @@ class TrainConfig:
             parts.require_settings(self.loss.name, (name for name, _ in self.loss.settings))
             parts.VIEWS.require(self.augmentation, "augmentation")
         except ValueError as error:
-            if self.parts is None or parts.is_loaded(self.parts_sha256):
+            if self.parts is None:
                 raise
             raise ValueError(
-                f"{error}. This run has parts of its own, of {self.parts} (SHA-256 {self.parts_sha256[:12]}...): name "
-                f"that file with --parts, or in Python call simclr.parts.load({str(self.parts)!r}) before"
+                f"{error}. If {self.parts} registers it, load that file, or the copy in the run's folder, first: "
+                f"--parts {self.parts}, or in Python simclr.parts.load({str(self.parts)!r})"
             ) from error
 
     @property
@@ -501,56 +498,6 @@ class ProbeConfig:
         for name, candidates in _CANDIDATES["linear, few labels" if has_few_labels else self.mode].items():
             if not getattr(self, name):
                 object.__setattr__(self, name, candidates)
-
-
-Config = TypeVar("Config")
-
-# What checkpoints of earlier versions have elsewhere, lack, or have besides. What they lack had the value given here;
-# what was given up is passed over where it had one of the values given here (None: any), which change nothing.
-_MOVED = {
-    **{name: f"speed.{name}" for name in ("loader", "views", "compile", "recompute", "micro_batch_size")},
-    **{f"loss.{name}": f"speed.{name}" for name in ("nt_xent_form", "kernels")},
-}
-_ADDED_LATER = {
-    "speed.recompute": False,
-    "loss.settings": [],
-    "augmentation": "standard",
-    "parts": None,
-    "parts_sha256": "",
-    "tracker_project": "simclr",
-}
-_GIVEN_UP = {"loss.barlow_twins_form": None, "loss.centre": True, "optimizer.final_learning_rate": 0.0}
-_RENAMED = {("speed.nt_xent_form", "ring"): "tiled", ("speed.compile", "reduce-overhead"): "graph-compiled"}
-
-
-def from_json(kind: type[Config], text: str) -> Config:
-    """Build a configuration, also an earlier version's, from :func:`to_json`'s text.
-
-    Raises:
-        ValueError: If a field is unknown or missing, or a value is not possible; the message names the field.
-    """
-    return from_values(kind, json.loads(text))
-
-
-def from_values(kind: type[Config], values: Any) -> Config:
-    """Build a configuration from parsed JSON, as :func:`from_json` does."""
-    return schema.from_values(kind, _updated(values) if kind is TrainConfig and isinstance(values, dict) else values)
-
-
-def _updated(values: dict[str, Any]) -> dict[str, Any]:
-    """Return what an earlier version wrote as this one would have."""
-    flat = _ADDED_LATER | {_MOVED.get(path, path): value for path, value in flattened(values).items()}
-    for path, only in _GIVEN_UP.items():
-        value = flat.pop(path, only)
-        require(only is None or value == only, path, value, f"{only}, as this version has no other")
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(".")
-        part = nested
-        for parent in parents:
-            part = part.setdefault(parent, {})
-        part[name] = _RENAMED.get((path, str(value)), value)
-    return nested
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,7 @@
     python -m simclr.embed --run results/cifar10-simclr-100-seed0 --images photos --output features.parquet
     python -m simclr.embed --run results/cifar10-simclr-100-seed0/encoder --images photos --output features.npy
 
-Images are read as ``data_prep`` reads them, and brought to the form of those pretrained on. A run that was interrupted
-goes on when the same command is given again: what was computed lies in OUTPUT.partial until all is.
+Images are read as ``data_prep`` reads them, and brought to the form of those pretrained on.
 
 features.parquet    a row for each image: file (below the folder), feature (D numbers); needs pyarrow
 features.npy        float32 (n, D), with features.json beside it: the files in the order of the rows
@@ -14,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import io
 import json
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +44,8 @@ from simclr.run import checkpoint, files, host, launch
 from simclr.schema import Size
 from simclr.views import plain_view
 
-_WRITTEN_AT_ONCE = 4096  # rows
+Add = Callable[[Sequence[str], NDArray[np.float32]], None]
+"""Adds rows to an output: names, and representations (m, D)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Options:
     output: Path
     """FILE.parquet, or FILE.npy with FILE.json beside it."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """What to do if some images cannot be read. All of them are listed in either case, and the others are computed."""
+    """What to do if some images cannot be read. All of them are listed in either case."""
     batch_size: Size = 256
     """Images at a time."""
     image_size: Size | None = None
@@ -75,7 +73,7 @@ class Options:
     device: str | None = None
     """Such as cpu or cuda:1. Default: the first accelerator, the CPU if there is none."""
     force: bool = False
-    """Begin anew, and replace an output that is there."""
+    """Replace an output that is there."""
 
 
 @files.explain_refusals()
@@ -88,50 +86,36 @@ def main(options: Options) -> Path:
     Raises:
         ValueError: If the encoder, the images or the output cannot be used as asked; the message says what to do.
     """
-    writer = _writer_for(options.output)
+    output = options.output
+    open_output = _kind_of(output)
+    if output.exists() and not options.force:
+        raise ValueError(f"{output} is already there; replace it with --force, or choose another --output")
     device = _device(options.device)
     if options.parts is not None:
         parts.load(options.parts)
     encoder = open_encoder(options.run, device, options.image_size)
     images = (open_beton if options.images.suffix == ".beton" else open_folder)(options.images, encoder)
-    job = _job(encoder, options.precision, device)
-    digest = _digest(job, images.listed)
-    partial = options.output.with_name(options.output.name + ".partial")
-    if options.output.exists() and not options.force:
-        if writer.digest(options.output) != digest:
-            raise ValueError(
-                f"{options.output} is already there, of other images or another encoder; replace it with --force, or "
-                "choose another --output"
-            )
-        shutil.rmtree(partial, ignore_errors=True)
-        print(f"{options.output}: already there, of the same {len(images.listed):,} images and the same encoder")
-        return options.output
-    print(f"encoder:    {options.run} ({encoder.metadata['encoder']}, step {encoder.metadata.get('step', 'unknown')})")
     side, read_at = encoder.image_size, encoder.read_at
     then = f", read at {read_at} x {read_at}" if read_at != side else ""
-    print(f"images:     {options.images}: {len(images.listed):,} images, brought to {side} x {side}{then}")
+    print(f"encoder:    {options.run} ({encoder.metadata['encoder']}, step {encoder.metadata['step']})")
+    print(f"images:     {options.images}: {len(images.names):,} images, brought to {side} x {side}{then}")
     print(f"device:     {device}, {options.precision}", flush=True)
-    with Journal.open(partial, job, width=job["width"], anew=options.force) as journal:
-        reasons = compute(encoder, images, journal, options, device)
-        bad_files = options.output.with_name(options.output.name + ".unreadable.txt")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = _about(encoder, options)
+    bad_files = output.with_name(output.name + ".unreadable.txt")
+    bad_files.unlink(missing_ok=True)  # an earlier attempt's
+    changes: Counter[str] = Counter()
+    with open_output(output, about) as add:
+        reasons = compute(encoder, images, add, changes, options, device)
         if reasons:
             list_unreadable(reasons, bad_files)
             if options.unreadable == "refuse":
-                what = describe_unreadable(reasons, bad_files)
-                raise ValueError(f"{what}. What the others gave is kept in {partial}")
+                raise ValueError(describe_unreadable(reasons, bad_files))
             images.found.left_out[f"files that cannot be read, listed in {bad_files}", ""] += len(reasons)
-        else:
-            bad_files.unlink(missing_ok=True)  # an earlier attempt's
-        rows = [journal.done[entry.name] for entry in images.listed if options.images / entry.name not in reasons]
-        if not rows:
+        if not (rows := len(images.names) - len(reasons)):
             raise ValueError(f"not one image of {options.images} is readable; nothing was written")
-        about = {"digest": digest, **job, "images": str(options.images), "num_images": len(rows)}
-        writer.write(options.output, journal, rows, about)
-    shutil.rmtree(partial)
-    changes = sum((Counter(row.changes) for row in rows), Counter())
-    outcome = f"{options.output}: {len(rows):,} images, {job['width']} numbers each"
-    print(describe_outcome(images.found, [outcome], changes))
-    return options.output
+    print(describe_outcome(images.found, [f"{output}: {rows:,} images, {about['width']} numbers each"], changes))
+    return output
 
 
 def open_encoder(path: Path, device: torch.device, read_at: int | None = None) -> Encoder:
@@ -157,9 +141,10 @@ def open_encoder(path: Path, device: torch.device, read_at: int | None = None) -
 class Images:
     """What is embedded."""
 
-    listed: Sequence[Listed]
-    read: Callable[[Listed], Loaded | str]
-    """An image of the encoder's size, or why there is none."""
+    names: Sequence[str]
+    """Below the folder, with / between their parts."""
+    read: Callable[[int], Loaded | str]
+    """An image of the encoder's size by its place in ``names``, or why there is none."""
     found: Found
     """What is left out."""
 
@@ -168,11 +153,11 @@ def open_folder(folder: Path, encoder: Encoder) -> Images:
     """List every image below a folder. Raises ConversionError if there is none."""
     names, found = all_images(folder)
 
-    def read(entry: Listed) -> Loaded | str:
-        loaded = read_image(folder / entry.name, encoder.image_size)
+    def read(i: int) -> Loaded | str:
+        loaded = read_image(folder / names[i], encoder.image_size)
         return as_stored(loaded, encoder) if isinstance(loaded, Loaded) else loaded
 
-    return Images([Listed.of(folder, name) for name in names], read, found)
+    return Images(names, read, found)
 
 
 def open_beton(path: Path, encoder: Encoder) -> Images:
@@ -190,25 +175,21 @@ def open_beton(path: Path, encoder: Encoder) -> Images:
             "convert them to that size, or name the folder that they came from"
         )
     pixels, labels = beton.read(path)
-
-    def listed(i: int) -> Listed:
-        label = int(labels[i])
-        # Told apart by the whole file's content: its images have no dates of their own.
-        return Listed(f"{facts.classes[label]}/{i}" if label >= 0 else str(i), i, int(facts.content_sha256[:15], 16))
-
-    return Images([listed(i) for i in range(len(labels))], lambda entry: Loaded(pixels[entry.size], False, ()), Found())
+    names = [f"{facts.classes[label]}/{i}" if label >= 0 else str(i) for i, label in enumerate(labels)]
+    return Images(names, lambda i: Loaded(pixels[i], False, ()), Found())
 
 
 def compute(
-    encoder: Encoder, images: Images, journal: Journal, options: Options, device: torch.device
+    encoder: Encoder, images: Images, add: Add, changes: Counter[str], options: Options, device: torch.device
 ) -> dict[Path, str]:
-    """Compute what the journal does not hold yet.
+    """Compute the representations of all images that can be read.
 
     Args:
         encoder: On ``device``.
         images: What is asked for.
-        journal: Gets each batch as soon as it is computed.
-        options: How.
+        add: Gets each batch as soon as it is computed.
+        changes: Gets what was done to images, in words that follow a number of them, and how many they are.
+        options: How. Where one unreadable file is refused, nothing is computed after it: the rest is only read.
         device: Where to compute.
 
     Returns:
@@ -217,37 +198,38 @@ def compute(
     Raises:
         DivergedError: If a representation is not finite.
     """
-    listed = images.listed
-    missing = [entry for entry in listed if not journal.holds(entry)]
-    if len(missing) < len(listed):
-        print(f"resumed:    {len(listed) - len(missing):,} images were computed before", flush=True)
     reasons: dict[Path, str] = {}
-    started = time.perf_counter()
-
+    started, number, computed = time.perf_counter(), len(images.names), 0
     with (
         ThreadPoolExecutor(host.usable_cores()) as pool,
-        tqdm(total=len(listed), initial=len(listed) - len(missing), unit=" images", disable=None) as progress,
+        tqdm(total=number, unit=" images", disable=None) as progress,
     ):
-        batches = map_in_order(pool, images.read, missing, options.batch_size)
-        for number, results in enumerate(batches):
-            entries = missing[number * options.batch_size : (number + 1) * options.batch_size]
-            good = [(entry, found) for entry, found in zip(entries, results, strict=True) if isinstance(found, Loaded)]
-            for entry, found in zip(entries, results, strict=True):
-                if not isinstance(found, Loaded):
-                    reasons[options.images / entry.name] = found
-            if good:
-                pixels = torch.from_numpy(np.stack([found.pixels for _, found in good]))
-                features = embed(encoder, pixels.to(device), options.precision).cpu().numpy()
-                if not np.isfinite(features).all():
-                    raise DivergedError(
-                        f"representations of {as_text(good[0][0].name)} and others are not finite: the encoder's "
-                        "weights have diverged" + (", or try --precision fp32" if options.precision != "fp32" else "")
-                    )
-                journal.add([dataclasses.replace(entry, changes=found.changes) for entry, found in good], features)
-            progress.update(len(entries))
-    if missing:
-        seconds = time.perf_counter() - started
-        print(f"computed:   {len(missing):,} images in {seconds:.1f} s, {len(missing) / seconds:,.0f} images/s")
+        start = 0
+        for results in map_in_order(pool, images.read, range(number), options.batch_size):
+            names: list[str] = []
+            pixels = []
+            for name, found in zip(images.names[start : start + len(results)], results, strict=True):
+                if isinstance(found, Loaded):
+                    names.append(as_text(name))
+                    pixels.append(found.pixels)
+                    changes.update(found.changes)
+                else:
+                    reasons[options.images / name] = found
+            start += len(results)
+            progress.update(len(results))
+            if not names or (reasons and options.unreadable == "refuse"):
+                continue
+            batch = torch.from_numpy(np.stack(pixels)).to(device)
+            features = embed(encoder, batch, options.precision).cpu().numpy()
+            if not np.isfinite(features).all():
+                raise DivergedError(
+                    f"representations of {names[0]} and others are not finite: the encoder's weights have diverged"
+                    + (", or try --precision fp32" if options.precision != "fp32" else "")
+                )
+            add(names, features)
+            computed += len(names)
+    seconds = time.perf_counter() - started
+    print(f"computed:   {computed:,} images in {seconds:.1f} s, {computed / seconds:,.0f} images/s")
     return reasons
 
 
@@ -271,8 +253,8 @@ def embed(encoder: Encoder, images: Tensor, precision: Literal["fp32", "bf16"] =
 
 def as_stored(image: Loaded, encoder: Encoder) -> Loaded:
     """Return the image as the training images were stored: compressed, too, where those are kept as JPEG."""
-    quality = json.loads(encoder.metadata.get("jpeg_quality", "null"))
-    if encoder.metadata.get("encoding", "raw") == "raw" or quality is None:
+    quality = json.loads(encoder.metadata["jpeg_quality"])
+    if encoder.metadata["encoding"] == "raw" or quality is None:
         return image
     with Image.open(io.BytesIO(beton.encode_jpeg(image.pixels, quality))) as compressed:
         pixels = np.asarray(compressed.convert("RGB"))
@@ -280,192 +262,52 @@ def as_stored(image: Loaded, encoder: Encoder) -> Loaded:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What was computed so far
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An image file, as it was when it was listed."""
-
-    name: str
-    """Below the folder, with / between its parts."""
-    size: int
-    """In bytes; of an image in a .beton file, its number."""
-    modified_ns: int
-    """When it was changed last; in a .beton file, what tells the file's content from others'."""
-    changes: tuple[str, ...] = ()
-    """What was done to it, in words that follow a number of images."""
-
-    @staticmethod
-    def of(folder: Path, name: str) -> Listed:
-        """Look at a file. One that is not there is noticed when it is read."""
-        try:
-            status = (folder / name).stat()
-        except OSError:
-            return Listed(name, -1, -1)
-        return Listed(name, status.st_size, status.st_mtime_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Row(Listed):
-    """An image whose representation is known."""
-
-    place: int = 0
-    """Of its representation in the file of them."""
-
-
-class Journal:
-    """Representations on the disk, by file name, while not all are there. At every moment a whole number of them.
-
-    job.json      what the numbers depend on besides the image; another job cannot go on from them
-    rows.f32      the representations, one behind another
-    files.jsonl   the image of each, written once its representation is on the disk
-    """
-
-    def __init__(self, folder: Path, width: int, lock: IO[bytes]) -> None:
-        self.width, self._lock = width, lock
-        self._rows_path = folder / "rows.f32"
-        self._files_path = folder / "files.jsonl"
-        self._rows_path.touch()
-        self._files_path.touch()
-        lines = self._files_path.read_bytes().split(b"\n")[:-1]  # the last is empty, or was cut off
-        lines = lines[: self._rows_path.stat().st_size // (4 * width)]
-        self.done: dict[str, Row] = {}
-        for place, line in enumerate(lines):
-            name, size, modified_ns, changes = json.loads(line)
-            self.done[name] = Row(name, size, modified_ns, tuple(changes), place)
-        self._place = len(lines)
-        self._rows, self._files = self._rows_path.open("r+b"), self._files_path.open("r+b")
-        self._rows.truncate(self._place * 4 * width)
-        self._files.truncate(sum(len(line) + 1 for line in lines))
-        for file in (self._rows, self._files):
-            file.seek(0, io.SEEK_END)
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, folder: Path, job: dict[str, Any], *, width: int, anew: bool) -> Iterator[Self]:
-        """Open the journal of a job, one that was begun before if there is one.
-
-        Raises:
-            ValueError: If another job's lies there, or another process writes it.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("a+b") as lock:
-            try:
-                files.lock(lock)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another process is writing {folder}; wait for it, or choose another --output"
-                ) from None
-            path = folder / "job.json"
-            if anew:
-                for name in ("job.json", "files.jsonl", "rows.f32"):  # in this order: the rest is nothing without it
-                    (folder / name).unlink(missing_ok=True)
-            if path.exists():
-                before = json.loads(path.read_text(encoding="utf-8"))
-                if other := sorted(name for name in before.keys() | job.keys() if before.get(name) != job.get(name)):
-                    raise ValueError(
-                        f"{folder} was begun with another {', '.join(other)}; finish it with that, begin anew with "
-                        "--force, or choose another --output"
-                    )
-            else:
-                files.replace(path, json.dumps(job), durable=True)
-            journal = cls(folder, width, lock)
-            try:
-                yield journal
-            finally:
-                journal._rows.close()
-                journal._files.close()
-
-    def holds(self, entry: Listed) -> bool:
-        """Whether the representation of this file, as it is now, is known."""
-        row = self.done.get(entry.name)
-        return row is not None and (row.size, row.modified_ns) == (entry.size, entry.modified_ns)
-
-    def add(self, entries: Sequence[Listed], features: NDArray[np.float32]) -> None:
-        """Write representations (m, D) of m images."""
-        assert features.shape == (len(entries), self.width), features.shape
-        self._rows.write(np.ascontiguousarray(features, "<f4").tobytes())
-        files.sync(self._rows)
-        for entry in entries:
-            line = json.dumps([entry.name, entry.size, entry.modified_ns, entry.changes])
-            self._files.write(line.encode() + b"\n")
-            self.done[entry.name] = Row(**dataclasses.asdict(entry), place=self._place)
-            self._place += 1
-        files.sync(self._files)
-
-    def blocks(self, rows: Sequence[Row]) -> Iterator[tuple[Sequence[Row], NDArray[np.float32]]]:
-        """Yield rows with their representations (m, D), some thousands at a time."""
-        self._rows.flush()
-        stored = np.memmap(self._rows_path, "<f4", "r", shape=(self._place, self.width))
-        for start in range(0, len(rows), _WRITTEN_AT_ONCE):
-            block = rows[start : start + _WRITTEN_AT_ONCE]
-            yield block, stored[[row.place for row in block]]
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Outputs
 
 
-class _Npy:
+@contextlib.contextmanager
+def _npy(path: Path, about: dict[str, Any]) -> Iterator[Add]:
     """float32 (n, D) in FILE.npy; FILE.json has the files' names, and what the numbers depend on."""
+    files_so_far: list[str] = []
+    with files.atomic_write(path) as file:
 
-    @staticmethod
-    def _names(path: Path) -> Path:
-        return path.with_suffix(".json")
-
-    def digest(self, path: Path) -> str | None:
-        """Return what tells whether an output is of the same images and encoder; None if that is not known."""
-        try:
-            digest: str | None = json.loads(self._names(path).read_text(encoding="utf-8"))["digest"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return digest
-
-    def write(self, path: Path, journal: Journal, rows: Sequence[Row], about: dict[str, Any]) -> None:
-        """Write all rows, in that order."""
-        path.unlink(missing_ok=True)  # so that no one ever finds numbers beside other names
-        names = {**about, "files": [as_text(row.name) for row in rows]}
-        files.replace(self._names(path), json.dumps(names, indent=1), durable=True)
-        with files.atomic_write(path) as file:
-            shape = (len(rows), journal.width)
+        def write_header() -> None:
+            # numpy leaves room in it for any number of rows, so that the one with the final number is as long.
+            file.seek(0)
+            shape = (len(files_so_far), about["width"])
             np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for _, features in journal.blocks(rows):
-                file.write(features.tobytes())
+
+        def add(names: Sequence[str], features: NDArray[np.float32]) -> None:
+            files_so_far.extend(names)
+            file.write(features.astype("<f4").tobytes())
+
+        write_header()
+        yield add
+        write_header()
+        path.unlink(missing_ok=True)  # so that no one ever finds numbers beside other names
+        names = json.dumps({**about, "files": files_so_far}, indent=1)
+        files.replace(path.with_suffix(".json"), names, durable=True)
 
 
-class _Parquet:
+@contextlib.contextmanager
+def _parquet(path: Path, about: dict[str, Any]) -> Iterator[Add]:
     """Columns file and feature; what the numbers depend on stands in the schema's metadata under "simclr"."""
+    import pyarrow
+    import pyarrow.parquet
 
-    def digest(self, path: Path) -> str | None:
-        """As :class:`_Npy`'s."""
-        import pyarrow
-        import pyarrow.parquet
+    feature = pyarrow.list_(pyarrow.float32(), about["width"])
+    columns = [("file", pyarrow.string()), ("feature", feature)]
+    schema = pyarrow.schema(columns, metadata={"simclr": json.dumps(about)})
+    with files.atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as table:
 
-        try:
-            about = json.loads((pyarrow.parquet.read_schema(path).metadata or {})[b"simclr"])
-        except (OSError, ValueError, KeyError, pyarrow.ArrowException):
-            return None
-        digest: str | None = about.get("digest")
-        return digest
+        def add(names: Sequence[str], features: NDArray[np.float32]) -> None:
+            values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), type=feature)
+            table.write_table(pyarrow.table([pyarrow.array(names), values], schema=schema))
 
-    def write(self, path: Path, journal: Journal, rows: Sequence[Row], about: dict[str, Any]) -> None:
-        """Write all rows, in that order."""
-        import pyarrow
-        import pyarrow.parquet
-
-        feature = pyarrow.list_(pyarrow.float32(), journal.width)
-        schema = pyarrow.schema(
-            [("file", pyarrow.string()), ("feature", feature)], metadata={"simclr": json.dumps(about)}
-        )
-        with files.atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as table:
-            for block, features in journal.blocks(rows):
-                values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), type=feature)
-                names = pyarrow.array([as_text(row.name) for row in block])
-                table.write_table(pyarrow.table([names, values], schema=schema))
+        yield add
 
 
-def _writer_for(output: Path) -> _Npy | _Parquet:
+def _kind_of(output: Path) -> Callable[[Path, dict[str, Any]], contextlib.AbstractContextManager[Add]]:
     """Return how an output is written, or say before anything is computed why it cannot be."""
     kind = output.suffix.lower()
     if kind not in (".npy", ".parquet"):
@@ -476,32 +318,23 @@ def _writer_for(output: Path) -> _Npy | _Parquet:
         )
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")
-    return _Npy() if kind == ".npy" else _Parquet()
+    return _npy if kind == ".npy" else _parquet
 
 
-def _job(encoder: Encoder, precision: Literal["fp32", "bf16"], device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on, besides the images."""
-    side = encoder.image_size
-    blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
+def _about(encoder: Encoder, options: Options) -> dict[str, Any]:
+    """Return what the numbers depend on."""
     return {
         "encoder": encoder.metadata["encoder"],
         "encoder_sha256": combined_sha256(fingerprint(encoder.encoder)),
-        "pretrained_on": encoder.metadata.get("pretrained_on"),
-        "normalisation": json.loads(json.dumps(encoder.normalisation)),
-        "image_size": side,
+        "pretrained_on": encoder.metadata["pretrained_on"],
+        "normalisation": encoder.normalisation,
+        "image_size": encoder.image_size,
         "read_at": encoder.read_at,
-        "stored_as": [encoder.metadata.get("encoding", "raw"), encoder.metadata.get("jpeg_quality", "null")],
-        "precision": precision,
-        "width": embed(encoder, blank, precision).shape[1],
+        "stored_as": [encoder.metadata["encoding"], encoder.metadata["jpeg_quality"]],
+        "precision": options.precision,
+        "images": str(options.images),
+        "width": int(encoder.metadata["representation_dim"]),
     }
-
-
-def _digest(job: dict[str, Any], listed: Sequence[Listed]) -> str:
-    """Return a SHA-256 of all that the output depends on."""
-    digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode())
-    for entry in listed:
-        digest.update(json.dumps([entry.name, entry.size, entry.modified_ns]).encode())
-    return digest.hexdigest()
 
 
 def _device(name: str | None) -> torch.device:
@@ -526,5 +359,5 @@ if __name__ == "__main__":
     except ValueError as error:
         sys.exit(f"simclr.embed: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,7 @@
 (``timm.models.register_model``), which knows encoders already; the other kinds are registered here.
 
 A file is executed because somebody names it, and never because a checkpoint does: whoever loads a run with parts of its
-own names the file again, and its content must be the one that the run was trained with.
+own names the file again.
 """
 
 from __future__ import annotations
@@ -82,32 +82,23 @@ register_objective = OBJECTIVES.register
 register_views = VIEWS.register
 """Decorates ``(image, view) -> pixels``; see :func:`simclr.views.own_view`."""
 
-_loaded: dict[str, bytes] = {}  # contents, by their SHA-256
+_loaded: set[str] = set()  # SHA-256 of contents
 
 
-def load(path: str | os.PathLike[str], expected_sha256: str = "") -> str:
+def load(path: str | os.PathLike[str]) -> None:
     """Execute a file that registers parts, unless one with this content was executed in this process already.
 
-    Args:
-        path: The file.
-        expected_sha256: What its content must be; empty for any.
-
-    Returns:
-        SHA-256 of its content, in hexadecimal.
-
     Raises:
-        ValueError: If it is missing, has another content, or raises an error; the message names the line.
+        ValueError: If it is missing, or raises an error; the message names the line.
     """
     path = Path(path)
-    content = _content(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"parts: {path} cannot be read: {error.strerror}; name a Python file that is there") from error
     digest = hashlib.sha256(content).hexdigest()
-    if expected_sha256 not in ("", digest):
-        raise ValueError(
-            f"{path} has SHA-256 {digest[:12]}..., and the run was trained with {expected_sha256[:12]}...; name the "
-            "file as it was then"
-        )
     if digest in _loaded:
-        return digest
+        return
     module = types.ModuleType(f"own_parts_{digest[:12]}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where timm looks for it
@@ -121,31 +112,7 @@ def load(path: str | os.PathLike[str], expected_sha256: str = "") -> str:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"line {lines[-1]}, " if lines else ""
         raise ValueError(f"{path} cannot be loaded: {where}{type(error).__name__}: {error}") from error
-    _loaded[digest] = content
-    return digest
-
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's content, without executing it. Raises ValueError if it cannot be read."""
-    return hashlib.sha256(_content(Path(path))).hexdigest()
-
-
-def has_content(path: str | os.PathLike[str], sha256: str) -> bool:
-    """Whether a file is there and has this SHA-256; it is not executed."""
-    try:
-        return sha256_of(path) == sha256
-    except ValueError:
-        return False
-
-
-def content_of(sha256: str) -> bytes:
-    """Return what was executed."""
-    return _loaded[sha256]
-
-
-def is_loaded(sha256: str) -> bool:
-    """Whether a file of this content was executed in this process."""
-    return sha256 in _loaded
+    _loaded.add(digest)
 
 
 def require_settings(name: str, settings: Iterable[str]) -> None:
@@ -155,10 +122,3 @@ def require_settings(name: str, settings: Iterable[str]) -> None:
         if setting not in taken:
             has = f"has {', '.join(taken)}" if taken else "has none"
             raise ValueError(f"loss.settings names {setting!r}, but the objective {name} {has}")
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"parts: {path} cannot be read: {error.strerror}; name a Python file that is there") from error

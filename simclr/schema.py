@@ -48,6 +48,11 @@ def to_json(value: Any) -> str:
     return json.dumps(dataclasses.asdict(value), default=str, indent=2)
 
 
+def from_json(kind: type[T], text: str) -> T:
+    """Build a dataclass from :func:`to_json`'s text. Raises ValueError as :func:`from_values`."""
+    return from_values(kind, json.loads(text))
+
+
 def from_values(kind: type[T], values: Any) -> T:
     """Build a dataclass from parsed JSON.
 

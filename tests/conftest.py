@@ -43,7 +43,6 @@ QUICK_FILES = [
     "test_benchmarks",
     "test_conftest",
     "test_data_ffcv",
-    "test_doctor",
     "test_export",
     "test_faults",
     "test_helpers",

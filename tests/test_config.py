@@ -11,10 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simclr import beton
+from simclr import beton, command_line
 from simclr.beton import Facts
-from simclr.command_line import parse_train_config
-from simclr.config import LossConfig, OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive, from_json, to_json
+from simclr.command_line import parse_probe_config, parse_train_config
+from simclr.config import (
+    LossConfig,
+    OptimizerConfig,
+    ProbeConfig,
+    SpeedConfig,
+    TrainConfig,
+    derive,
+    from_json,
+    settings_of,
+    to_json,
+)
 from simclr.models import ModelConfig, SimCLR
 from simclr.presets import DEFAULT, PRESETS
 from simclr.views import ViewSpec
@@ -264,25 +274,6 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
         from_json(TrainConfig, json.dumps(values))
 
 
-def test_settings_of_earlier_checkpoints_are_understood() -> None:
-    config = TrainConfig(seed=3, speed=SpeedConfig(loader="memory", nt_xent_form="tiled", kernels="torch"))
-    values = json.loads(to_json(config))
-    speed = values.pop("speed")
-    del speed["recompute"]  # came later
-    values["loss"] |= {"nt_xent_form": "ring", "kernels": speed.pop("kernels")}
-    values |= {name: value for name, value in speed.items() if name != "nt_xent_form"}
-    values["loss"] |= {"barlow_twins_form": "gather", "centre": True}
-    values["optimizer"] |= {"final_learning_rate": 0.0}
-    assert from_json(TrainConfig, json.dumps(values)) == config
-    values["optimizer"]["final_learning_rate"] = 0.1
-    with pytest.raises(ValueError, match=r"optimizer.final_learning_rate is 0.1, expected 0.0, as this version has no"):
-        from_json(TrainConfig, json.dumps(values))
-    values["optimizer"]["final_learning_rate"] = 0
-    values["loss"]["centre"] = False
-    with pytest.raises(ValueError, match=r"loss.centre is False, expected True, as this version has no other"):
-        from_json(TrainConfig, json.dumps(values))
-
-
 def test_a_table_comes_back_from_json() -> None:
     facts = Facts(
         1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c" * 64, 1, "f" * 64, {}
@@ -316,14 +307,26 @@ def test_without_a_preset_the_default_is_meant() -> None:
     assert parse_train_config(["--seed", "4"]) == dataclasses.replace(PRESETS[DEFAULT].config, seed=4)
 
 
+def test_a_file_of_settings_that_does_not_do_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    for content, words, message in (
+        (None, ["--config", str(file)], f"--config {file}: .*No such file.*; name the config.json of a run"),
+        ("{}", ["--config", str(file)], f"--config {file}: TrainConfig has missing fields .*; name the config.json"),
+        (to_json(TrainConfig()), ["--config"], "--config takes a file"),
+        (to_json(TrainConfig()), ["demo", "--config", str(file)], "demo"),
+    ):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            parse_train_config(words)
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["nope"], "nope"),
-        (["demo", "--loss.kernels", "torch"], "--loss.kernels is now --kernels"),
-        (["--loss.nt_xent_form=tiled"], "--loss.nt-xent-form is now --nt-xent-form"),
-        (["--loss.no-centre"], "--loss.no-centre was given up: .* always centred"),
-        (["demo", "--optimizer.final-learning-rate", "0.1"], "was given up: the learning rate always falls to 0"),
+        (["nope"], "there is no preset nope; there are demo, "),
         (["demo", "--sed", "1"], "--sed"),
         (["demo", "--seed", "x"], "--seed"),
         (["demo", "--epochs", "0"], "epochs is 0, expected at least 1"),
@@ -342,8 +345,42 @@ def test_options_of_speed_stand_together_and_keep_their_short_names(capsys: pyte
     assert parse_train_config(words.split()).speed == SpeedConfig("memory", "torch", "default", "tiled", "torch")
     assert parse_train_config(["--recompute"]).speed == SpeedConfig(recompute=True)
     assert parse_train_config(["--micro-batch-size", "4"]).speed == SpeedConfig(micro_batch_size=4)
-    with pytest.raises(SystemExit):
-        parse_train_config(["demo", "--help", "speed"])
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = help_of(["demo", "--help", "all"], capsys)
     assert "None of these changes a result by more than rounding." in shown
-    assert len(re.findall(r" --[a-z]", shown)) == len(dataclasses.fields(SpeedConfig))
+    for field in dataclasses.fields(SpeedConfig):
+        assert f" --{field.name.replace('_', '-')}" in shown
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str], read: Any = parse_train_config) -> str:
+    """Help as one line, without frames."""
+    with pytest.raises(SystemExit) as ended:
+        read(words)
+    output, errors = capsys.readouterr()
+    assert (ended.value.code, errors) == (0, "")
+    return " ".join(output.replace("│", "").split())
+
+
+def test_help_shows_everyday_options_with_their_values_and_all_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everyday, everything = (help_of(["demo", *words], capsys) for words in (["--help"], ["--help", "all"]))
+    for path in command_line._EVERYDAY:
+        assert f" --{path.replace('_', '-')} " in everyday
+    assert "(default: 8)" in everyday.partition("--epochs")[2].partition(" --")[0]
+    assert "--dry-run" in everyday
+    assert "--view-1.hue" not in everyday
+    assert "--momentum" not in everyday
+    for path in settings_of(TrainConfig()):
+        assert re.search(rf"--{path.removeprefix('speed.').replace('_', '-')}\b", everything), path
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(PRESETS["demo"].config, epochs=77)))
+    assert "(default: 77)" in help_of(["--config", str(tmp_path / "config.json"), "-h"], capsys)
+    probe = help_of(["--help"], capsys, parse_probe_config)
+    assert "(required)" in probe.partition("--run")[2].partition(" --")[0]
+    assert "--knn-temperature" not in probe
+    assert "--knn-temperature" in help_of(["--help", "all"], capsys, parse_probe_config)
+
+
+def test_without_a_preset_help_names_all_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    overview = help_of(["--help"], capsys)
+    assert all(f"• {name} Result: " in overview for name in PRESETS)
+    assert "--seed" not in overview

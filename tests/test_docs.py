@@ -46,5 +46,5 @@ def test_commands_are_understood(page: str) -> None:
             assert ended.value.code == 0, command
         elif program == "linear_probe.py":
             assert parse_probe_config(words).run
-        elif "--repeat" not in words:
+        elif "--config" not in words:
             assert parse_train_config([word for word in words if word != "--dry-run"])

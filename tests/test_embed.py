@@ -1,34 +1,32 @@
-"""Embeddings of a folder are the probe's features, by file name, whatever interrupts; odd input is named."""
+"""Embeddings of a folder are the probe's features, by file name, all or none; odd input is named."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import simclr.embed
 from data_prep.convert import ConversionError, Storage
 from data_prep.find import find
 from data_prep.image_folder import convert_found
 from simclr import beton
 from simclr.beton import Facts
 from simclr.data import open_images
-from simclr.embed import Journal, Options, main
+from simclr.embed import Options, main
 from simclr.evaluation import extract_features
 from simclr.export import Options as ExportOptions
 from simclr.export import main as export
 from simclr.run.checkpoint import load_pretrained
-from tests.helpers import ROOT
 from tests.test_data_prep import noise
 from tests.test_export import write_run
 
@@ -111,84 +109,25 @@ def test_they_are_the_probes_features_of_the_converted_images(
     )
 
 
-def test_after_an_interruption_anywhere_only_the_rest_is_computed(
-    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_what_breaks_off_leaves_the_output_that_was_there_and_nothing_else(
+    tmp_path: Path, run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = draw(tmp_path / "photos")
-    main(Options(run, photos, tmp_path / "whole.npy"))
-    (photos / "cat" / "bad.jpg").write_bytes(b"no image")
-    options = Options(run, photos, tmp_path / "a.npy", batch_size=4)
-    with pytest.raises(ValueError, match="1 unreadable images"):
-        main(options)  # all are computed, and kept
-    partial = tmp_path / "a.npy.partial"
-    (photos / "cat" / "bad.jpg").unlink()
-    kept = {path.name: path.read_bytes() for path in partial.iterdir()}
-    lines = kept["files.jsonl"]
-    for cut in (0, 1, len(lines) // 2, len(lines) - 1):
-        whole = lines[:cut].count(b"\n")
-        partial.mkdir(exist_ok=True)
-        for name, content in kept.items():
-            (partial / name).write_bytes(content)
-        (partial / "files.jsonl").write_bytes(lines[:cut])  # the line under way is cut off; its numbers may be there
-        capsys.readouterr()
-        main(options)
-        text = capsys.readouterr().out
-        assert f"computed:   {9 - whole} images" in text
-        assert (f"resumed:    {whole} images" in text) == (whole > 0)
-        assert not partial.exists()
-        assert read_npy(tmp_path / "a.npy")[0] == read_npy(tmp_path / "whole.npy")[0]
-        np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "whole.npy"), rtol=1e-4, atol=1e-5)
-        (tmp_path / "a.npy").unlink()
-
-    # Twice: what goes on behind a line that was cut off can be gone on from again
-    partial.mkdir()
-    for name, content in kept.items():
-        (partial / name).write_bytes(content[:-3] if name == "files.jsonl" else content)
-    (photos / "cat" / "bad.jpg").touch()
-    with pytest.raises(ValueError, match="1 unreadable images"):
-        main(options)
-    (photos / "cat" / "bad.jpg").unlink()
-    capsys.readouterr()
-    main(options)
-    assert "resumed:    9 images" in capsys.readouterr().out
-    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "whole.npy"), rtol=1e-4, atol=1e-5)
-    (tmp_path / "a.npy").unlink()
-
-    # Numbers that were cut off, too; a file that is another one now; and one more
-    for name, content in kept.items():
-        partial.mkdir(exist_ok=True)
-        (partial / name).write_bytes(content[:-7] if name == "rows.f32" else content)
-    Image.fromarray(noise(99, 30, 30)).save(photos / "cat" / "grey.png")
-    Image.fromarray(noise(98, 30, 30)).save(photos / "first.png")
-    main(options)
-    assert "computed:   3 images" in capsys.readouterr().out
-    main(Options(run, photos, tmp_path / "b.npy"))
-    assert read_npy(tmp_path / "a.npy")[0] == read_npy(tmp_path / "b.npy")[0]
-    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_gone_on_from(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    photos = draw(tmp_path / "photos", 400)
-    output = tmp_path / "a.parquet"
-    words = ["--run", run, "--images", photos, "--output", output, "--batch-size", "4"]
-    process = subprocess.Popen([sys.executable, "-m", "simclr.embed", *map(str, words)], cwd=ROOT)
-    journal = tmp_path / "a.parquet.partial" / "files.jsonl"
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.stat().st_size < 500:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not output.exists()
+    photos, output = draw(tmp_path / "photos"), tmp_path / f"a.{kind}"
     main(Options(run, photos, output))
-    assert "resumed:    " in capsys.readouterr().out
-    main(Options(run, photos, tmp_path / "whole.parquet"))
-    names, features = read_parquet(output)
-    whole_names, whole = read_parquet(tmp_path / "whole.parquet")
-    assert names == whole_names
-    np.testing.assert_allclose(features, whole, rtol=1e-4, atol=1e-5)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    whole, calls = simclr.embed.embed, []
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(simclr.embed, "embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(Options(run, photos, output, batch_size=3, image_size=24, force=True))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_unreadable_files_are_all_named_and_left_out_only_if_asked(
@@ -197,69 +136,35 @@ def test_unreadable_files_are_all_named_and_left_out_only_if_asked(
     photos = draw(tmp_path / "photos", 3)
     (photos / "bad.png").write_bytes(b"no image")
     (photos / "dog" / "0.jpg").symlink_to(tmp_path / "gone.jpg")
-    output = tmp_path / "a.parquet"
+    output = tmp_path / "a.npy"
     with pytest.raises(
         ValueError, match=r"(?s)2 unreadable images.*bad.png: cannot identify.*dog/0.jpg: .*--unreadable"
     ):
         main(Options(run, photos, output))
     assert not output.exists()
-    bad = tmp_path / "a.parquet.unreadable.txt"
+    bad = tmp_path / "a.npy.unreadable.txt"
     assert bad.read_text().count("\n") == 2
     main(Options(run, photos, output, unreadable="skip"))
-    names, _ = read_parquet(output)
+    names, features = read_npy(output)
     assert names == ["cat/0.jpg", "cat/grey.png", "dog/2.jpg", "dog/deep.png", "dog/old/1.jpg"]
+    assert len(features) == 5
     assert f"2 files that cannot be read, listed in {bad}" in capsys.readouterr().out
     for name in ("bad.png", "dog/0.jpg"):
         (photos / name).unlink()
     main(Options(run, photos, output, force=True))
     assert not bad.exists()
-    assert len(read_parquet(output)[0]) == 5
+    assert len(read_npy(output)[0]) == 5
 
 
-@pytest.mark.parametrize("kind", ["npy", "parquet"])
-def test_an_output_that_is_there_stays_unless_replacing_is_asked_for(
-    tmp_path: Path, run: Path, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos, output = draw(tmp_path / "photos", 1), tmp_path / f"a.{kind}"
-    options = Options(run, photos, output)
-    main(options)
+def test_an_output_that_is_there_stays_unless_replacing_is_asked_for(tmp_path: Path, run: Path) -> None:
+    photos, output = draw(tmp_path / "photos", 1), tmp_path / "a.npy"
+    main(Options(run, photos, output))
     before = output.read_bytes()
-    capsys.readouterr()
-    main(options)
-    assert "already there, of the same 3 images and the same encoder" in capsys.readouterr().out
-    write_run(tmp_path / "other", "small_resnet_w8", "patch2")
-    for other in (Options(tmp_path / "other", photos, output), Options(run, photos, output, image_size=24)):
-        with pytest.raises(
-            ValueError, match="already there, of other images or another encoder; replace it with --for"
-        ):
-            main(other)
-    output.with_suffix(".json" if kind == "npy" else ".parquet").write_bytes(b"{}")  # of another program
-    with pytest.raises(ValueError, match="already there, of other images"):
-        main(options)
-    main(Options(run, photos, output, force=True))
+    with pytest.raises(ValueError, match=r"a\.npy is already there; replace it with --force, or choose another"):
+        main(Options(run, photos, output, image_size=24))
     assert output.read_bytes() == before
-    assert main(options) == output
-
-
-def test_a_partial_result_of_another_encoder_or_in_another_process_is_not_gone_on_from(
-    tmp_path: Path, run: Path
-) -> None:
-    photos = draw(tmp_path / "photos", 1)
-    (photos / "bad.png").touch()
-    options = Options(run, photos, tmp_path / "a.npy")
-    with pytest.raises(ValueError, match="unreadable"):
-        main(options)
-    write_run(tmp_path / "other", "small_resnet_w8", "patch2")
-    with pytest.raises(ValueError, match=r"a.npy.partial was begun with another encoder_sha256; .* --force"):
-        main(Options(tmp_path / "other", photos, tmp_path / "a.npy"))
-    job: dict[str, Any] = json.loads((tmp_path / "a.npy.partial" / "job.json").read_text())
-    with Journal.open(tmp_path / "a.npy.partial", job, width=32, anew=False) as journal:
-        assert len(journal.done) == 3
-        with pytest.raises(ValueError, match="another process is writing"):
-            main(options)
-    (photos / "bad.png").unlink()
-    main(Options(tmp_path / "other", photos, tmp_path / "a.npy", force=True))
-    assert len(np.load(tmp_path / "a.npy")) == 3
+    main(Options(run, photos, output, image_size=24, force=True))
+    assert output.read_bytes() != before
 
 
 def test_names_in_any_bytes_and_bad_input(

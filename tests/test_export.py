@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_prep.read_image import Loaded, read_image
 from simclr.config import TrainConfig, to_json
 from simclr.evaluation import combined_sha256, fingerprint
-from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, _sha256, load_encoder, main
+from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, load_encoder, main
 from simclr.export.timm_alone import timm_alone
 from simclr.models import ModelConfig, SimCLR, Stem, make_encoder
 from simclr.run import checkpoint, runlog
@@ -206,20 +206,6 @@ def test_a_checkpoint_without_a_probe_says_so(tmp_path: Path, capsys: pytest.Cap
     assert "step 12, 32 numbers an image" in capsys.readouterr().out
 
 
-def test_the_single_file_of_earlier_versions_still_loads(tmp_path: Path) -> None:
-    encoder = make_encoder("small_resnet_w8", "patch2", 16).eval()
-    weights = encoder.state_dict()
-    metadata = {"encoder": "small_resnet_w8", "stem": "patch2", "image_size": "16", "mean": "[0.1, 0.2, 0.3]"}
-    metadata |= {"std": "[0.4, 0.5, 0.6]", "pretrained_on": "drawn", "objective": "nt_xent", "step": "12"}
-    path = tmp_path / "encoder.safetensors"
-    path.write_bytes(safetensors.torch.save(weights, metadata | {"sha256": _sha256(weights)}))
-    found = load_encoder(str(path))
-    assert found.normalisation == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (found.image_size, found.read_at) == (16, 16)
-    with torch.no_grad():
-        assert torch.equal(found.encoder(X), encoder(X))
-
-
 def test_what_is_damaged_or_foreign_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, "small_resnet_w8")
     path = main(Options(tmp_path, program=False)) / WEIGHTS
@@ -292,8 +278,6 @@ def test_what_others_put_there_is_not_replaced(tmp_path: Path) -> None:
         main(Options(tmp_path, tmp_path))
     with pytest.raises(CheckpointError, match="is a file"):
         main(Options(tmp_path, tmp_path / "notes.txt"))
-    with pytest.raises(CheckpointError, match=r"a folder is written now. Its model.safetensors is what the single"):
-        main(Options(tmp_path, tmp_path / "out.safetensors"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no simclr_best_epoch\.pt"):
         main(Options(tmp_path / "empty"))

@@ -20,11 +20,10 @@ import linear_probe
 import train_simclr
 from simclr import export, losses, parts
 from simclr.command_line import parse_train_config
-from simclr.config import LossConfig, ProbeConfig, SpeedConfig, TrainConfig
+from simclr.config import LossConfig, ProbeConfig, SpeedConfig, TrainConfig, to_json
 from simclr.models import ModelConfig, SimCLR, make_encoder
 from simclr.run import checkpoint
 from simclr.run.opening import statement
-from simclr.run.runlog import read_manifest
 from simclr.views import View, ViewSpec, own_view, require_function_of_the_image, sample_parameters, two_views
 from tests.helpers import ROOT
 from tests.runs import is_equal, train_on, weights, write_shapes
@@ -79,25 +78,15 @@ def test_a_resumed_run_has_the_same_bits(config: TrainConfig, tmp_path: Path) ->
     assert is_equal(weights(resumed), weights(config))
 
 
-def test_a_run_goes_on_only_with_the_same_file(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_run_keeps_the_file_and_goes_on_only_with_that(config: TrainConfig, tmp_path: Path) -> None:
+    kept = config.folder / checkpoint.PARTS
+    assert kept.read_bytes() == EXAMPLE.read_bytes()
     changed = tmp_path / "mine.py"
     changed.write_text("from simclr.parts import register_projector\n")
-    parts.load(changed)
-    other = dataclasses.replace(config, parts=changed, parts_sha256="")
-    with pytest.raises(ValueError, match=r"parts_sha256 was .* and is .*--allow-changed parts_sha256"):
+    other = dataclasses.replace(config, parts=changed)
+    with pytest.raises(ValueError, match=rf"mine\.py is not what this run was trained with so far, which is {kept}"):
         train_on(1, pretrain, other)
-    stale = dataclasses.replace(config, parts=changed)
-    with pytest.raises(ValueError, match=r"mine\.py has SHA-256 .*, and the run was trained with"):
-        train_on(1, pretrain, stale)
-    assert statement(other, EXAMPLE)["parts_sha256"] != statement(config, EXAMPLE)["parts_sha256"]  # ranks must agree
-
-
-def test_the_run_keeps_the_file_and_names_it(config: TrainConfig) -> None:
-    assert (config.folder / checkpoint.PARTS).read_bytes() == EXAMPLE.read_bytes()
-    manifest = read_manifest(config.folder)
-    assert manifest is not None
-    assert manifest["config"]["parts"] == str(config.parts)
-    assert manifest["config"]["parts_sha256"] == parts.sha256_of(EXAMPLE)
+    assert statement(other, EXAMPLE)["the code"] != statement(config, EXAMPLE)["the code"]  # ranks must agree
 
 
 def test_the_example_is_measured_and_exported(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,30 +94,21 @@ def test_the_example_is_measured_and_exported(config: TrainConfig, monkeypatch: 
     report = linear_probe.main(dataclasses.replace(probe, weight_decays=(0.0,)))
     text = report.with_suffix(".md").read_text()
     assert "align_uniform, of the run's own parts, uniformity 0.5" in text
-    assert parts.sha256_of(EXAMPLE) in text
     exported = export.main(export.Options(config.folder, parts=EXAMPLE))
     card = (exported / "README.md").read_text()
     assert "- objective: align_uniform, of the run's own parts, uniformity 0.5\n" in card
     encoder = export.load_encoder(exported).encoder
     assert encoder(torch.rand(2, 3, 32, 32)).shape == (2, 128)
 
-    # Without the file: one line, which names the copy that the run has kept
-    monkeypatch.setattr(parts, "_loaded", {})
+    # Without the file: one line, which names it
+    monkeypatch.setattr(parts.OBJECTIVES, "_own", {})
     for load in (checkpoint.load_pretrained, checkpoint.load_classifier):
         where = config.folder if load is checkpoint.load_pretrained else report.parent
         with pytest.raises(
-            checkpoint.CheckpointError, match=rf"parts of its own.*--parts {config.parts}, or"
+            checkpoint.CheckpointError, match=rf"copy in the run's folder, first: --parts {config.parts}, or"
         ) as refusal:
             load(where)
         assert "\n" not in str(refusal.value)
-    assert config.parts is not None
-    content = config.parts.read_bytes()
-    config.parts.write_text("another version")
-    try:
-        with pytest.raises(checkpoint.CheckpointError, match=rf"--parts {config.folder / checkpoint.PARTS}, or"):
-            checkpoint.load_classifier(report.parent)
-    finally:
-        config.parts.write_bytes(content)
 
 
 # ----------------------------------------------------------------------------------------------- each kind of part
@@ -271,10 +251,9 @@ def test_views_have_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             {"loss": LossConfig(name="align_uniform", settings=(("margin", 1.0),))},
             "names 'margin', but the objective align_uniform has uniformity",
         ),
-        ({"parts": Path("nowhere.py")}, r"nowhere\.py cannot be read: No such file"),
         (
             {"loss": LossConfig(name="lost"), "parts": ROOT / "train_simclr.py"},
-            "call simclr.parts.load.*train_simclr.py",
+            "If .*train_simclr.py registers it, load that file",
         ),
     ],
 )
@@ -307,14 +286,18 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_line(tmp_path: Path, tex
     assert timm.models.model_entrypoint("resnet18") is before
 
 
-def test_the_command_line_loads_the_file_before_it_reads_the_names(tmp_path: Path) -> None:
+def test_the_command_line_loads_the_file_before_it_reads_the_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "more.py"
     path.write_text("from simclr.parts import register_objective\n@register_objective\ndef more(z1, z2): ...\n")
     config = parse_train_config(["demo", "--parts", str(path), "--loss.name", "more"])
     assert (config.parts, config.loss.name) == (path, "more")
-    assert config.parts_sha256 == parts.sha256_of(path)
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert parse_train_config(["--config", str(tmp_path / "config.json"), "--parts", str(path)]) == config
     with pytest.raises(SystemExit):
         parse_train_config(["demo", f"--parts={tmp_path / 'gone.py'}"])
+    assert "gone.py cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_example_as_it_is() -> None:

@@ -118,6 +118,20 @@ def one_device(images: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainC
     return config
 
 
+def test_a_run_begins_from_anothers_settings_and_options_override_them(
+    one_device: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_file = one_device.folder / "config.json"
+    same, other = (dataclasses.replace(one_device, output=tmp_path / name) for name in ("same", "other"))
+    type_command(monkeypatch, "--config", settings_file, "--output", same.folder)
+    assert is_equal(weights(same), weights(one_device))
+    assert lines(same) == lines(one_device)
+    type_command(monkeypatch, f"--config={settings_file}", "--output", other.folder, "--seed", 8)
+    assert not is_equal(weights(other), weights(one_device))
+    with pytest.raises(SystemExit, match="seed was 0 and is 8"):  # in the folder of the run that it was taken from
+        type_command(monkeypatch, "--config", settings_file, "--seed", 8)
+
+
 # ------------------------------------------------------------------------------------------ the same run on N devices
 
 
@@ -393,7 +407,8 @@ def test_a_stop_that_lies_behind_is_said_and_changes_nothing(
 def test_a_finished_run_is_left_alone(one_device: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(one_device, output=tmp_path / "run")
     shutil.copytree(one_device.folder, config.folder)
-    before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name != "manifest.json"}
+    rewritten = {"manifest.json", "config.json"}  # with this folder's name
+    before = {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name not in rewritten}
     run(config)
     assert {path.name: path.read_bytes() for path in config.folder.iterdir() if path.name in before} == before
 

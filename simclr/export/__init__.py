@@ -48,6 +48,8 @@ _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _INSTALL = 'pip install "simclr[export]", or pip install ' + " ".join(_ONNX_PACKAGES)
 # Other kernels sum in another order. Of the largest number in a representation.
 _TOLERANCE = 1e-4
+_METADATA = {"encoder", "stem", "image_size", "read_at", "representation_dim", "mean", "std", "encoding"}
+_METADATA |= {"jpeg_quality", "pretrained_on", "step", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Encoder:
     @property
     def read_at(self) -> int:
         """Side in pixels that they are resized to for the encoder."""
-        return int(self.metadata.get("read_at", self.image_size))
+        return int(self.metadata["read_at"])
 
     @property
     def normalisation(self) -> Normalisation:
@@ -209,7 +211,7 @@ def load_encoder(path: PathLike, device: torch.device | str = "cpu") -> Encoder:
     """Load what this command wrote.
 
     Args:
-        path: The folder, or a safetensors file, also the single one (encoder.safetensors) of earlier versions.
+        path: The folder, or its model.safetensors.
         device: Where the encoder goes.
 
     Raises:
@@ -224,7 +226,7 @@ def load_encoder(path: PathLike, device: torch.device | str = "cpu") -> Encoder:
             metadata: dict[str, str] = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    missing = {"encoder", "stem", "image_size", "mean", "std", "sha256"} - set(metadata)
+    missing = _METADATA - set(metadata)
     if missing:
         raise CheckpointError(f"{path} was not written by simclr.export: its metadata lacks {sorted(missing)}")
     if _sha256(weights) != metadata["sha256"]:
@@ -342,10 +344,6 @@ def _config(metadata: Mapping[str, str], folder: Path, for_timm: Mapping[str, An
 
 def _require_own(folder: Path) -> None:
     """Raise CheckpointError if the folder holds what this command did not write, which would be lost."""
-    if folder.suffix == ".safetensors":
-        raise CheckpointError(
-            f"--output {folder}: a folder is written now. Its {WEIGHTS} is what the single file of earlier versions was"
-        )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(
             f"--output {folder} is a file; name a folder that is empty, an export's, or not there yet"

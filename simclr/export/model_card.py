@@ -53,7 +53,7 @@ class Measured:
     @property
     def read_at(self) -> int | None:
         """Side in pixels that images were resized to for the encoder; None if they were read as stored."""
-        read_at: int | None = self.own.get("image_size")  # earlier versions read all as stored
+        read_at: int | None = self.own["image_size"]
         return None if read_at == self.found["test_facts"]["height"] else read_at
 
 

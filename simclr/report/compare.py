@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional
 
 from simclr.beton import Facts
-from simclr.config import ProbeConfig, TrainConfig, from_values, settings_of, to_json
+from simclr.config import TrainConfig, from_values, settings_of
 from simclr.report.figures import Band, Drawing, Panel, draw, draw_bands, measured
 from simclr.report.fonts import lettering
 from simclr.report.health import duration_of
@@ -119,12 +119,8 @@ def read_run(folder: Path) -> Record:
 
 
 def protocol_of(probe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all that an evaluation's numbers depend on besides the encoder, by name.
-
-    What an earlier version did not know has the value that leaves numbers as they were: the default.
-    """
-    defaults = json.loads(to_json(ProbeConfig(run=Path(), mode=probe["config"]["mode"])))
-    own = {name: value for name, value in (defaults | probe["config"]).items() if name not in _NO_PROTOCOL}
+    """Return all that an evaluation's numbers depend on besides the encoder, by name."""
+    own = {name: value for name, value in probe["config"].items() if name not in _NO_PROTOCOL}
     images = {f"{part} images": probe[f"{part}_facts"]["content_sha256"] for part in ("train", "test")}
     return {**images, **own, "images fitted on": probe["num_fit"]}
 

@@ -8,15 +8,15 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from simclr import losses, parts
-from simclr.config import Derived, TrainConfig
+from simclr import losses
+from simclr.config import Derived, TrainConfig, to_json
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
 from simclr.fast.captured import Way
 from simclr.fast.feed import ViewFeed
 from simclr.models import SimCLR, count_parameters
 from simclr.optim import describe_groups, parameter_groups
-from simclr.run import checkpoint, runlog
+from simclr.run import checkpoint, files, runlog
 from simclr.run.devices import parameter_dtype
 from simclr.run.resuming import Progress
 from simclr.views import describe, say_view_stages
@@ -40,7 +40,7 @@ def say_start(
     print(f"run:        {config.name}, seed {config.seed}, {config.loss.name}; folder {config.folder}")
     print(f"data:       {config.data}: {facts.num_images:,} images of {facts.height} x {facts.width}; {facts.source}")
     if config.parts is not None:
-        print(f"parts:      {config.parts} (SHA-256 {config.parts_sha256[:12]}...)")
+        print(f"parts:      {config.parts}")
     print(f"loader:     {source.backend} ({source.reason})")
     print(f"views:      {feed.method} ({feed.reason})")
     print(f"devices:    {processes} on {accelerator.device.type} ({runlog.hardware()}){threads}")
@@ -105,15 +105,14 @@ def write_manifest(
     accelerator: Accelerator,
     progress: Progress,
 ) -> str:
-    """Write manifest.json: what the result depends on, and the sessions that made it; and a copy of own parts.
+    """Write manifest.json, what the result depends on and the sessions that made it; config.json; a copy of own parts.
 
     Returns:
-        When the first session began; empty if an earlier version did not write it.
+        When the first session began.
     """
     path = config.folder / runlog.MANIFEST
-    if config.parts_sha256:
-        with checkpoint.whole_file(config.folder / checkpoint.PARTS) as file:
-            file.write(parts.content_of(config.parts_sha256))
+    if config.parts is not None:
+        files.replace(config.folder / checkpoint.PARTS, config.parts.read_bytes())
     session = {
         "environment": runlog.environment(),
         "from_step": progress.step,
@@ -126,6 +125,7 @@ def write_manifest(
     }
     before = runlog.read_manifest(config.folder) if progress.step else None
     sessions = [*(before or {}).get("sessions", []), session]
+    files.replace(config.folder / runlog.CONFIG, to_json(config))
     runlog.write_json(
         path,
         {
@@ -135,5 +135,5 @@ def write_manifest(
             "sessions": sessions,
         },
     )
-    begun: str = sessions[0].get("environment", {}).get("date", "")
+    begun: str = sessions[0]["environment"]["date"]
     return begun

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from simclr import parts
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.evaluation import Classifier, fingerprint
@@ -361,7 +359,6 @@ def load_pretrained(path: PathLike, device: torch.device | str = "cpu") -> Pretr
     if missing:
         raise CheckpointError(f"{path} is no pretrained model: it lacks {sorted(missing)}")
     try:
-        _require_parts(payload, path)
         config = from_json(TrainConfig, payload["config"])
         facts = from_json(Facts, payload["facts"])
         model = SimCLR(config.model, image_size=facts.height)
@@ -424,11 +421,10 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
             f"{path} holds a {payload.get('kind')!r}, not a classifier; linear_probe.py writes one as {CLASSIFIER}"
         )
     try:
-        _require_parts(payload, path)
         config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
         encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
         num_classes, width = payload["model"]["head.weight"].shape
-        size = payload.get("image_size")  # earlier versions read images as they are stored
+        size = payload["image_size"]
         classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"], size)
         classifier.load_state_dict(payload["model"], strict=True)
     except CheckpointError:
@@ -436,27 +432,6 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this version of the code: {error}") from error
     return classifier.to(device).eval()
-
-
-def _require_parts(payload: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError if the run has parts of its own whose file was not loaded. It is not executed unasked."""
-    config = json.loads(payload["config"])
-    file, sha256 = (config.get(name) if isinstance(config, dict) else None for name in ("parts", "parts_sha256"))
-    if not isinstance(sha256, str) or not isinstance(file, str) or not sha256 or parts.is_loaded(sha256):
-        return
-    copies = [
-        folder / PARTS for folder in (path.parent, path.parent.parent)
-    ]  # a classifier lies in a folder of its own
-    candidates: list[str | Path] = [file, *copies]
-    unchanged = [str(at) for at in candidates if parts.has_content(at, sha256)]
-    if unchanged:
-        way_out = f"--parts {unchanged[0]}, or in Python simclr.parts.load({unchanged[0]!r}) before"
-    else:
-        way_out = f"--parts, in the version with that SHA-256; neither {file} nor {copies[0]} has it"
-    raise CheckpointError(
-        f"{path} is of a run with parts of its own, from {file} (SHA-256 {sha256[:12]}...). They are executed only if "
-        f"you name them: {way_out}"
-    )
 
 
 def _describe_difference(found: set[str], expected: set[str]) -> str:

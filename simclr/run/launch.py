@@ -189,11 +189,11 @@ def from_environment(name: str, default: int) -> int:
 # Being one run
 
 
-def fingerprint_of_code(entry: Path) -> str:
-    """Return a checksum of this package's source and of the program that uses it, 12 hexadecimal digits."""
+def fingerprint_of_code(*others: Path) -> str:
+    """Return a checksum of this package's source and of other files, such as the program, in 12 hexadecimal digits."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
-    for path in [*sorted(package.rglob("*.py")), entry]:
+    for path in [*sorted(package.rglob("*.py")), *others]:
         digest.update(f"{path.name} ".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -32,14 +31,6 @@ def host_peak() -> int | None:
 def host_memory() -> int:
     """Return the bytes of main memory. Raises OSError, ValueError or AttributeError where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def host_available() -> int | None:
-    """Return the bytes of main memory that programs can have now, where the system tells (Linux)."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return None
 
 
 @contextlib.contextmanager

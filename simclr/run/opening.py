@@ -123,7 +123,7 @@ def open_run(
     """
     runlog.require_run_or_empty(config.folder)
     if config.parts is not None:
-        parts.load(config.parts, config.parts_sha256)
+        parts.load(config.parts)
     config = config.for_images(load_facts(config.data).num_images)
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
@@ -343,7 +343,7 @@ def statement(config: TrainConfig, program: Path) -> dict[str, str]:
     # Where the images lie and who reads them may differ; what they are may not.
     return {key: value for key, value in settings.items() if key not in {"data", "speed.loader", "parts"}} | {
         "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
-        "the code": launch.fingerprint_of_code(program),
+        "the code": launch.fingerprint_of_code(*filter(None, (program, config.parts))),
         "the device": device.type,
         "the precision": choose_precision(config, device)[0],
         **{name: importlib.metadata.version(name) for name in ("torch", "accelerate", "timm", "numpy")},

@@ -62,6 +62,12 @@ def resume(
     saved = newest.payload
     require_same_run(config, facts, saved, newest.path)
     require_step_of_run(config, derived, saved, newest.path)
+    copy = config.folder / checkpoint.PARTS
+    if config.parts is not None and copy.exists() and copy.read_bytes() != config.parts.read_bytes():
+        raise CheckpointError(
+            f"{config.parts} is not what this run was trained with so far, which is {copy}: name that with --parts, or "
+            "remove it to go on with the new file"
+        )
     if accelerator.is_main_process:
         for reason in newest.passed_over:
             print(f"passed over: {reason}")

@@ -1,6 +1,7 @@
 """What a run tells of itself, in its folder and on the terminal, and the lock that keeps other runs out of the folder.
 
 manifest.json    what the results depend on, and the sessions that made them
+config.json      the settings, from which train_simclr.py --config begins another run
 metrics.jsonl    one JSON line per measurement
 status.json      whether the run goes on, is finished, was interrupted or has failed
 
@@ -39,6 +40,7 @@ from simclr.run.memory import host_memory
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
+CONFIG = "config.json"
 STATUS = "status.json"
 RESULT = "probe.json"
 """In the folder of an evaluation, within that of the run."""

@@ -43,7 +43,7 @@ def test_a_step_finds_the_memory_of_the_step_before() -> None:
 
 
 PROGRAMS = ["linear_probe.py", "data_prep"]  # train_simclr.py: tests/run/test_faults.py
-PROGRAMS += [f"simclr.{name}" for name in ("embed", "export", "report.compare", "run.doctor", "run.runlog")]
+PROGRAMS += [f"simclr.{name}" for name in ("embed", "export", "report.compare", "run.runlog")]
 
 # What takes seconds is imported once, and frozen, or each child would look through it for garbage. A child ends as any
 # program does, which is when Python would find that what it has printed was not taken, and make the status 120.
