@@ -35,7 +35,8 @@ from tests.runs import SMALL, train_here
 from tests.test_data_prep import fake_cifar
 
 N = 64
-PIXELS, TABLE = 24 + 2 * (1 + 16 + 1024) + N * 24, 2 * (1 << 21)  # where the metadata ends and the page of pixels does
+# Where the metadata ends, the page of pixels begins, and the allocation table does.
+METADATA_END, PAGE, TABLE = 24 + 2 * (1 + 16 + 1024) + N * 24, 1 << 21, 2 * (1 << 21)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
     assert not refused(damaged)
     good, generator = damaged.read_bytes(), random.Random(0)
     assert len(good) == TABLE + N * 24
-    regions = ((0, PIXELS), (PIXELS, TABLE), (TABLE, len(good)))  # tables are small: each its share
+    regions = ((0, METADATA_END), (PAGE, PAGE + N * 32 * 32 * 3), (TABLE, len(good)))  # not the empty rest of a page
     for trial in range(300):
         at = generator.randrange(*regions[trial % 3])
         if trial % 5:

@@ -40,7 +40,6 @@ CLASSES = ("cat", "dog", "a|b", "<frog> & co")
 def facts(num_images: int, **changes: Any) -> Facts:
     c = len(changes.get("classes", CLASSES))
     entries: dict[str, Any] = {
-        "format_version": 1,
         "source": "CIFAR-10",
         "split": "train",
         "num_images": num_images,
@@ -55,7 +54,7 @@ def facts(num_images: int, **changes: Any) -> Facts:
         "channel_std": (0.2470, 0.2435, 0.2616),
         "content_sha256": f"{num_images:064x}",
         "file_bytes": 1000,
-        "file_sha256": "f" * 64,
+        "tables_sha256": "f" * 64,
         "written_by": {},
     }
     return Facts(**{**entries, **changes})

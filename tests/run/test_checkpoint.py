@@ -52,7 +52,6 @@ CONFIG = TrainConfig(
     view_2=ViewSpec(crop_scale=(0.3, 0.9), solarise_probability=0.2),
 )
 FACTS = Facts(
-    format_version=1,
     source="drawn",
     split="train",
     num_images=7,
@@ -67,7 +66,7 @@ FACTS = Facts(
     channel_std=(0.4, 0.5, 0.6),
     content_sha256="0" * 64,
     file_bytes=1234,
-    file_sha256="1" * 64,
+    tables_sha256="1" * 64,
     written_by={"numpy": "2.0"},
 )
 
