@@ -29,7 +29,7 @@ from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.run import checkpoint, files, runlog
-from simclr.run.runlog import RunLog, read_metrics, without_secrets
+from simclr.run.runlog import RunLog, read_metrics
 from tests.helpers import as_nobody, run_on_small_disk, run_python
 from tests.runs import SMALL, train_here
 from tests.test_data_prep import fake_cifar
@@ -245,8 +245,6 @@ def test_a_step_that_the_run_cannot_have_reached_is_refused(images: Path, tmp_pa
             r"is of step 1000000, and the run has 4 steps: it is of another run\. Give more --epochs",
         ),
         ({"step": 2}, "is of step 2 and epoch 1, but at 4 steps per epoch that is epoch 0"),
-        ({"step": "4"}, "its step is '4'"),
-        ({"epoch": -1}, "its epoch is -1"),
     ):
         checkpoint.save_atomically(last, payload | changes)
         with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -352,17 +350,3 @@ def test_archives_do_not_write_outside_their_folder(
     words = ["cifar10", "--root", str(root), "--output", str(tmp_path / "out"), "--no-download"]
     assert data_prep.main(words) == 1
     assert not (tmp_path / "escaped").exists()
-
-
-def test_a_manifest_holds_no_secrets(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--api-token", "hunter1", "--wandb.key=hunter2", "DB_PASSWORD=hunter3", "http://me:hunter4@host/x"]
-    words += ["--client_secret", "--epochs", "3", "--output", "runs/monkey=1"]
-    monkeypatch.setattr(sys, "argv", ["train_simclr.py", *words])
-    folder = train_here(settings(images, tmp_path / "run"))
-    text = (folder / "manifest.json").read_text()
-    assert "hunter" not in text
-    assert json.loads(text)["environment"]["command"] == (
-        "train_simclr.py --api-token '***' '--wandb.key=***' 'DB_PASSWORD=***' 'http://***@host/x' "
-        "--client_secret --epochs 3 --output runs/monkey=1"
-    )
-    assert without_secrets(["--global-batch-size", "8"]) == ["--global-batch-size", "8"]
