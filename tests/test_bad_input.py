@@ -186,35 +186,6 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
     assert '"state": "finished"' in again
 
 
-LOG_AND_STATUS_ON_A_FULL_DISK = """
-import sys
-from pathlib import Path
-from simclr.run import files
-from simclr.run.runlog import RunLog, Status
-folder = Path(sys.argv[1])
-with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=99):
-    with RunLog(folder, is_main=True, total_steps=99) as log:
-        with open(folder / "other", "wb") as other:
-            try:
-                while True: other.write(bytes(4096)); other.flush()
-            except OSError: pass
-        for step in range(9999):
-            log.write("train", step=step, loss=0.5)
-"""
-
-
-def test_a_disk_without_any_room_still_takes_the_end_state(tmp_path: Path) -> None:
-    script = f'"{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
-    done = run_on_small_disk(tmp_path, "256k", script, LOG_AND_STATUS_ON_A_FULL_DISK)
-    assert "RefusedError: writing: No space left on device: the disk is full" in done.stderr
-    assert json.loads(done.stdout) == {
-        "state": "failed",
-        "step": 3,
-        "total_steps": 99,
-        "reason": "OSError: [Errno 28] No space left on device",
-    }
-
-
 # ---------------------------------------------------------------------------------------------- what does not fit
 
 

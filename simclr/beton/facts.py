@@ -119,16 +119,9 @@ def sidecar_path(path: PathLike) -> Path:
 
 
 def load_facts(path: PathLike) -> Facts:
-    """Read the sidecar of a .beton file.
+    """Read the sidecar of a .beton file. That it belongs to the file is for ``check`` or ``verify`` to say.
 
-    Args:
-        path: The .beton file (not the sidecar).
-
-    Returns:
-        Its facts. That they belong to the file is for ``check`` or ``verify`` to say.
-
-    Raises:
-        BetonError: If ``path`` is a folder, or the sidecar is missing, or has unknown, missing or ill-typed entries.
+    Raises BetonError if ``path`` is a folder, or the sidecar is missing, or has unknown, missing or ill-typed entries.
     """
     if Path(path).is_dir():
         held = ", ".join(str(file) for file in sorted(Path(path).glob("*.beton")))

@@ -47,17 +47,7 @@ _CHUNK_BYTES = 32 << 20
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the samples of a checked .beton file lie.
-
-    Attributes:
-        num_images: n, at least 1.
-        height: Height of every image in pixels.
-        width: Width of every image in pixels.
-        encoding: "raw" or "jpeg".
-        offsets: Where each sample's bytes start, int64 (n,).
-        sizes: How many bytes each sample has, int64 (n,).
-        labels: int64 (n,); -1 for an image without a label.
-    """
+    """Where the samples of a checked .beton file lie: of each, where its bytes start, how many they are, its label."""
 
     num_images: int
     height: int
@@ -69,17 +59,10 @@ class Layout:
 
 
 def check(path: PathLike, facts: Facts | None = None) -> Layout:
-    """Check the tables of a .beton file against its sidecar, without reading a pixel; it takes milliseconds.
+    """Compare a .beton file's tables with its sidecar, or ``facts`` read from that, without reading a pixel.
 
-    Args:
-        path: The .beton file.
-        facts: What the sidecar says, if it was read before.
-
-    Returns:
-        Where the samples lie.
-
-    Raises:
-        BetonError: If either file is missing, or they do not belong together.
+    It takes milliseconds. Returns where the samples lie. Raises BetonError if either file is missing, or they do not
+    belong together.
     """
     path, facts = Path(path), facts or load_facts(path)
     if not path.is_file():
@@ -162,17 +145,9 @@ def _examine(path: Path) -> tuple[Layout, str]:
 
 
 def verify(path: PathLike, facts: Facts | None = None) -> Facts:
-    """Check a .beton file's tables and content against its sidecar.
+    """Compare a .beton file's tables and content with its sidecar, or ``facts`` read from that; return its facts.
 
-    Args:
-        path: The .beton file.
-        facts: What the sidecar says, if it was read before.
-
-    Returns:
-        Its facts.
-
-    Raises:
-        BetonError: If anything differs, or either file is missing or damaged.
+    Raises BetonError if anything differs, or either file is missing or damaged.
     """
     facts = facts or load_facts(path)
     layout = check(path, facts)
@@ -186,19 +161,11 @@ def verify(path: PathLike, facts: Facts | None = None) -> Facts:
 
 
 def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read all images and labels into memory, after ``check``.
+    """Read all images, uint8 (n, h, w, 3), and labels, int64 (n,) with -1 for none, into memory, after ``check``.
 
-    JPEG streams are decoded with Pillow, in threads. FFCV's own decoder takes libjpeg-turbo's fast settings and
-    differs by up to 10 of 255 levels; ``simclr.data`` has FFCV decode to Pillow's pixels. Raw images are equal.
-
-    Args:
-        path: The .beton file.
-
-    Returns:
-        Images uint8 (n, h, w, 3) and labels int64 (n,), -1 for an image without a label.
-
-    Raises:
-        BetonError: As ``check``, or if a JPEG stream cannot be decoded.
+    JPEG streams are decoded with Pillow, in threads. FFCV's own decoder takes libjpeg-turbo's fast settings and differs
+    by up to 10 of 255 levels; ``simclr.data`` has FFCV decode to Pillow's pixels. Raises BetonError as ``check``, or if
+    a JPEG stream cannot be decoded.
     """
     layout = check(path)
     images = np.empty((layout.num_images, layout.height, layout.width, 3), np.uint8)
@@ -210,12 +177,9 @@ def read(path: PathLike) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def image_digests(path: PathLike) -> list[bytes]:
-    """Return one digest per stored image, in index order: 16 bytes of BLAKE2 over its pixels or its JPEG stream.
+    """Return 16 bytes of BLAKE2 over the pixels or the JPEG stream of each stored image, after ``check``.
 
     Equal images of equal size have equal digests in any two files of one encoding.
-
-    Raises:
-        BetonError: As ``check``.
     """
     return [
         hashlib.blake2b(sample, digest_size=16, usedforsecurity=False).digest()
@@ -225,14 +189,10 @@ def image_digests(path: PathLike) -> list[bytes]:
 
 
 def describe(path: PathLike, **about: Unpack[About]) -> Facts:
-    """Read a whole .beton file, FFCV's own included, and work out its facts; store nothing.
+    """Read a whole .beton file, FFCV's own included, and work out its facts, for ``save_facts``; store nothing.
 
-    Returns:
-        The facts, for ``save_facts``.
-
-    Raises:
-        BetonError: If the file is missing, is not a .beton with one image and one label per sample, has images of
-            several sizes or encodings, is damaged, or has a label out of range.
+    Raises BetonError if the file is missing, is not a .beton with one image and one label per sample, has images of
+    several sizes or encodings, is damaged, or has a label out of range.
     """
     path = Path(path)
     layout, tables_sha256 = _examine(path)

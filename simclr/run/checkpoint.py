@@ -75,13 +75,9 @@ class Pretrained:
 def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
     """Write ``payload`` so that ``path`` is at every moment either the old file or the whole new one.
 
-    Args:
-        path: Where to. Its folder must exist.
-        payload: Tensors, numbers, strings, and dicts and lists of them, so that loading needs no code.
-
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.
-        TypeError: If the payload holds anything else, which :func:`load_safely` would refuse.
+        TypeError: If the payload holds anything but tensors, numbers, strings, and dicts and lists of them.
     """
     _require_plain(payload, "payload")
     with whole_file(path) as file:

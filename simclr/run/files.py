@@ -158,18 +158,10 @@ def sync_folder(folder: PathLike) -> None:
 
 
 def lock(file: IO[bytes] | IO[str], *, shared: bool = False) -> bool:
-    """Lock an open file (flock) until it is closed or the process ends, however it ends.
+    """Lock an open file (flock) until it is closed or the process ends, however it ends; ``shared``: beside others.
 
-    Args:
-        file: The file.
-        shared: Whether others may hold a shared lock at the same time.
-
-    Returns:
-        True; False on Windows, which has no such locks.
-
-    Raises:
-        BlockingIOError: If another process holds it.
-        OSError: If the file system has no locks.
+    Returns True, or False on Windows, which has no such locks. Raises BlockingIOError if another process holds it, and
+    OSError if the file system has no locks.
     """
     if sys.platform == "win32":
         return False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import math
 import os
@@ -221,14 +220,7 @@ class Status:
         if not (self._is_main and self._is_ours()):
             return
         content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
-        try:
-            write_json(self._path, content)
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self._path.exists():
-                raise
-            with self._path.open("r+b") as file:  # into the old file, for which a full disk has room
-                file.write(json.dumps(content, indent=2).encode() + b"\n")
-                file.truncate()
+        write_json(self._path, content)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
