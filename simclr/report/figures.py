@@ -72,6 +72,8 @@ def style() -> dict[str, Any]:
         "axes.grid.axis": "y",
         "grid.linewidth": 0.8,
         "axes.axisbelow": True,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
         "lines.linewidth": 1.8,
         "savefig.dpi": 160,
         "grid.color": GRID,
@@ -113,15 +115,14 @@ def curves_drawings(curves: Mapping[str, Curve]) -> Drawings:
 
     def panel(quantity: str, title: str, ending: str) -> Figure:
         figure, axes = panel_figure(title)
-        ends = []
         for name, curve in curves.items():
             values = getattr(curve, quantity)[:, 0]
-            colour, style = COLOUR_OF[name], "--" if name == "validation" else "-"
-            axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o" if len(values) == 1 else "")
-            ends.append((float(values[-1]), ending.format(name, values[-1]), colour))
+            colour, stroke = COLOUR_OF[name], "--" if name == "validation" else "-"
+            marker, label = "o" if len(values) == 1 else "", ending.format(name, values[-1])
+            axes.plot(range(1, len(values) + 1), values, stroke, color=colour, marker=marker, label=label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label_ends(axes, ends)
+        axes.legend()
         return figure
 
     loss, accuracy = "Cross-entropy (nats)", "Accuracy (%)"
@@ -148,16 +149,16 @@ def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -
 
     def panel(title: str, kind: str, series: Mapping[str, str]) -> Figure:
         figure, axes = panel_figure(title)
-        ends = []
         for (key, label), colour in zip(series.items(), (BLUE, ORANGE), strict=False):
             epochs, values = measured(metrics, kind, key)
-            axes.plot(epochs, values, color=colour, marker="o" if len(values) < 30 else "", markersize=4)
-            last = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.2f}"
-            if key != "learning_rate":
-                ends.append((values[-1], f"{label} {last}".strip(), colour))
+            last = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.3g}"
+            marker = "o" if len(values) < 30 else ""
+            axes.plot(
+                epochs, values, color=colour, marker=marker, markersize=4, label=f"{label or 'at the end'} {last}"
+            )
         if kind == "step" and "images_per_second" in series:
             axes.set_ylim(bottom=0)
-        label_ends(axes, ends)
+        axes.legend()
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=epochs[-1] >= 3))
         return figure
@@ -288,7 +289,6 @@ def draw_map(points: Map, names: Sequence[str]) -> Figure:
             loc="outside lower left",
             ncols=columns,
             fontsize=8,
-            frameon=False,
             markerscale=1.6,
             handletextpad=0.1,
             columnspacing=0.8,
@@ -326,7 +326,7 @@ def draw_bands(bands: Sequence[Band], title: str, against: str) -> Figure:
             axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
     axes.set_xlabel(against)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9, borderpad=0)
+    figure.legend(loc="outside lower left", borderpad=0)
     return figure
 
 
@@ -399,29 +399,6 @@ def bare(axes: Axes) -> None:
     axes.grid(visible=False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write a label (height, text, colour) at the right end of each line, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.085 * (high - low)
-    finite = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
-    places: list[float] = []
-    for value, _, _ in finite:
-        places.append(max(value, places[-1] + gap) if places else value)
-    excess = sum(place - value for place, (value, _, _) in zip(places, finite, strict=True)) / max(1, len(finite))
-    for place, (_, text, colour) in zip(places, finite, strict=True):
-        axes.annotate(
-            text,
-            xy=(1.0, place - excess),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=9,
-            annotation_clip=False,
-        )
 
 
 def legend_text(text: str, longest: int) -> str:
