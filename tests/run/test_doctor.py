@@ -118,7 +118,7 @@ def test_each_fault_is_a_problem_with_a_way_out(images: Path, tmp_path: Path) ->
     )
     assert status == 1
     assert "Traceback" not in output
-    assert lines["data"][0].startswith(f"problem {damaged}: its sha256 is")
+    assert lines["data"][0].startswith(f"problem {damaged}: the sha256 of its content is")
     assert lines["disk"][0].startswith("problem cannot write in")
     assert lines["FFCV"][0].startswith("warning cannot be used: ")
     assert lines["own name"][0].startswith("problem GLOO_SOCKET_IFNAME is nonet7. There is lo")
