@@ -14,7 +14,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,33 +216,13 @@ def full_disk(_: Path) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@contextmanager
-def occupied_name(path: Path) -> Any:
-    """The new file cannot be put in the old one's place."""
-    before = path.read_bytes()
-    path.unlink()
-    (path / "folder").mkdir(parents=True)
-    yield
-    (path / "folder").rmdir()
-    path.rmdir()
-    path.write_bytes(before)
-
-
-@pytest.mark.parametrize("trouble", [full_disk, occupied_name])
-def test_a_write_that_fails_says_so_and_leaves_the_old_file(
-    tmp_path: Path, trouble: Callable[[Path], AbstractContextManager[None]]
-) -> None:
+def test_a_write_that_fails_says_so_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     save_atomically(path, {"schema": SCHEMA, "old": True})
-    with trouble(path), pytest.raises(CheckpointError, match=r"cannot write .*x\.pt: .*The old file stays"):
+    with full_disk(path), pytest.raises(CheckpointError, match=r"cannot write .*x\.pt: .*The old file stays"):
         save_atomically(path, {"schema": SCHEMA, "new": torch.zeros(100_000)})
     assert load_safely(path) == {"schema": SCHEMA, "old": True}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-def test_a_missing_folder_raises(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot write .*nowhere.x\.pt: .*No such file"):
-        save_atomically(tmp_path / "nowhere" / "x.pt", {"schema": SCHEMA})
 
 
 # --------------------------------------------------------------------------------------- damaged and hostile
