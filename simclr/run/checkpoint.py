@@ -38,7 +38,7 @@ from simclr.evaluation import Classifier
 from simclr.models import SimCLR, make_encoder
 from simclr.run.files import PathLike, atomic_write
 
-SCHEMA = 2
+SCHEMA = 3
 LAST = "checkpoint_last.pt"
 BEST = "simclr_best_epoch.pt"
 CLASSIFIER = "simclr_lin_best.pt"
@@ -419,8 +419,8 @@ def load_classifier(path: PathLike, device: torch.device | str = "cpu") -> Class
         config, facts = from_json(TrainConfig, payload["config"]), from_json(Facts, payload["facts"])
         encoder = make_encoder(config.model.encoder, config.model.stem, facts.height)
         num_classes, width = payload["model"]["head.weight"].shape
-        size = payload.get("image_size")  # earlier versions read images as they are stored
-        classifier = Classifier(encoder, nn.Linear(width, num_classes), facts.normalisation, payload["classes"], size)
+        head, size = nn.Linear(width, num_classes), payload["image_size"]
+        classifier = Classifier(encoder, head, facts.normalisation, payload["classes"], size)
         classifier.load_state_dict(payload["model"], strict=True)
     except CheckpointError:
         raise

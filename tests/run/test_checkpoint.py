@@ -288,9 +288,9 @@ def write_zip(path: Path) -> None:
         (lambda path: path.write_text("hello"), "damaged or no checkpoint"),
         (lambda path: path.write_bytes(pickle.dumps({"schema": SCHEMA})), "damaged or no checkpoint"),
         (write_zip, "damaged or no checkpoint"),
-        (lambda path: save_atomically(path, {"state_dict": {}}), "has schema None, this version reads 2"),
-        (lambda path: save_atomically(path, {"schema": 1}), "has schema 1, this version reads 2"),
-        (lambda path: save_atomically(path, [1, 2]), "has schema 'list', this version reads 2"),  # type: ignore[arg-type]
+        (lambda path: save_atomically(path, {"state_dict": {}}), "has schema None, this version reads 3"),
+        (lambda path: save_atomically(path, {"schema": 1}), "has schema 1, this version reads 3"),
+        (lambda path: save_atomically(path, [1, 2]), "has schema 'list', this version reads 3"),  # type: ignore[arg-type]
         (lambda path: path.mkdir(), "no checkpoint at"),
         (lambda path: None, "no checkpoint at"),
     ],
