@@ -99,7 +99,7 @@ class ImageEncoder(nn.Module):
 
 
 def export(pretrained: Pretrained, options: Options) -> Path:
-    """Write the folder; at every moment it is the old one or the whole new one, but for an instant between the two.
+    """Write the folder, whole or not at all; an earlier export in its place goes when the new one is complete.
 
     Args:
         pretrained: What :func:`simclr.run.checkpoint.load_pretrained` gives.
