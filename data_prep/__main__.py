@@ -140,13 +140,15 @@ def inspect(file: tyro.conf.Positional[Path], verify: bool = False) -> None:
 
     Args:
         file: The .beton file.
-        verify: Also compare every byte with the checksum.
+        verify: Also compare all images and labels with their checksum.
     """
-    facts = beton.verify(file) if verify else beton.load_facts(file)
-    beton.check(file, facts)
+    facts = beton.load_facts(file)
+    (beton.verify if verify else beton.check)(file, facts)
     for field in fields(facts):
         print(f"{field.name:15s} {getattr(facts, field.name)}")
-    print(f"{file}: " + ("every byte is as it was written" if verify else "tables intact; --verify checks the pixels"))
+    print(
+        f"{file}: " + ("all images are as they were written" if verify else "tables intact; --verify checks the pixels")
+    )
 
 
 def sidecar(

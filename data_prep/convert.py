@@ -182,13 +182,12 @@ def _is_there(path: Path, facts: beton.Facts, storage: Storage) -> bool:
     """
     if not path.exists() or storage.force:
         return False
-    difference = _difference(path, facts)
-    if difference:
+    if difference := _difference(path, facts):
         raise ConversionError(
             f"{path} is already there and differs: {difference}. It was left as it is; "
             "replace it with --force or choose another --output"
         )
-    return difference is None
+    return True
 
 
 def _same_by_description(source: Source, path: Path, storage: Storage) -> beton.Facts | None:
@@ -203,17 +202,15 @@ def _same_by_description(source: Source, path: Path, storage: Storage) -> beton.
 
 
 def _difference(path: Path, new: beton.Facts) -> str | None:
-    """Return how the file that is there differs from the new one; None if not, "" if only its sidecar is lost."""
+    """Return how the file that is there differs from the new one; None if not."""
     try:
         old = beton.verify(path)
     except beton.BetonError as error:
-        if beton.sidecar_path(path).exists() or beton.file_sha256(path) != new.file_sha256:
-            return str(error)
-        return ""
+        return str(error)
     before, after = asdict(old), asdict(new)
     differing = [name for name in after if before[name] != after[name] and name != "written_by"]
     # What follows from other content is named only if nothing else differs.
-    telling = [name for name in differing if not name.startswith(("channel_", "file_"))] or differing
+    telling = [name for name in differing if not name.startswith(("channel_", "tables_", "file_"))] or differing
     return "; ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in telling) or None
 
 

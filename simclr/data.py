@@ -259,9 +259,9 @@ def open_images(
 ) -> ImageSource:
     """Open a .beton file for reading, after checking it.
 
-    Its tables and its sidecar are always checked, as FFCV would crash, hang or return wrong pixels where they are
-    damaged. Files of up to 1 GiB are also compared with their checksum (CIFAR-10: 0.1 to 0.7 seconds); for larger
-    ones ``reason`` says that this was left out, and ``simclr.beton.verify`` does it.
+    The checksum of its tables is always compared, as FFCV would crash, hang or return wrong pixels where they are
+    damaged. That of its content is for files of up to 1 GiB (CIFAR-10: 0.1 to 0.7 seconds); for larger ones ``reason``
+    says that this was left out, and ``simclr.beton.verify`` does it.
 
     Args:
         path: The .beton file; its sidecar of facts must lie beside it.

@@ -29,13 +29,14 @@ from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
 from simclr.run import checkpoint, files, runlog
-from simclr.run.runlog import RunLog, read_metrics, without_secrets
+from simclr.run.runlog import RunLog, read_metrics
 from tests.helpers import as_nobody, run_on_small_disk, run_python
 from tests.runs import SMALL, train_here
 from tests.test_data_prep import fake_cifar
 
 N = 64
-PIXELS, TABLE = 24 + 2 * (1 + 16 + 1024) + N * 24, 2 * (1 << 21)  # where the metadata ends and the page of pixels does
+# Where the metadata ends, the page of pixels begins, and the allocation table does.
+METADATA_END, PAGE, TABLE = 24 + 2 * (1 + 16 + 1024) + N * 24, 1 << 21, 2 * (1 << 21)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_no_random_flip_or_cut_anywhere_passes(damaged: Path) -> None:
     assert not refused(damaged)
     good, generator = damaged.read_bytes(), random.Random(0)
     assert len(good) == TABLE + N * 24
-    regions = ((0, PIXELS), (PIXELS, TABLE), (TABLE, len(good)))  # tables are small: each its share
+    regions = ((0, METADATA_END), (PAGE, PAGE + N * 32 * 32 * 3), (TABLE, len(good)))  # not the empty rest of a page
     for trial in range(300):
         at = generator.randrange(*regions[trial % 3])
         if trial % 5:
@@ -185,35 +186,6 @@ def test_a_disk_that_fills_during_training_stops_the_run_which_goes_on_when_ther
     assert '"state": "finished"' in again
 
 
-LOG_AND_STATUS_ON_A_FULL_DISK = """
-import sys
-from pathlib import Path
-from simclr.run import files
-from simclr.run.runlog import RunLog, Status
-folder = Path(sys.argv[1])
-with files.explain_refusals(), Status(folder, is_main=True, step=3, total_steps=99):
-    with RunLog(folder, is_main=True, total_steps=99) as log:
-        with open(folder / "other", "wb") as other:
-            try:
-                while True: other.write(bytes(4096)); other.flush()
-            except OSError: pass
-        for step in range(9999):
-            log.write("train", step=step, loss=0.5)
-"""
-
-
-def test_a_disk_without_any_room_still_takes_the_end_state(tmp_path: Path) -> None:
-    script = f'"{sys.executable}" -c "$1" "{tmp_path}"; cat "{tmp_path}/status.json"'
-    done = run_on_small_disk(tmp_path, "256k", script, LOG_AND_STATUS_ON_A_FULL_DISK)
-    assert "RefusedError: writing: No space left on device: the disk is full" in done.stderr
-    assert json.loads(done.stdout) == {
-        "state": "failed",
-        "step": 3,
-        "total_steps": 99,
-        "reason": "OSError: [Errno 28] No space left on device",
-    }
-
-
 # ---------------------------------------------------------------------------------------------- what does not fit
 
 
@@ -244,8 +216,6 @@ def test_a_step_that_the_run_cannot_have_reached_is_refused(images: Path, tmp_pa
             r"is of step 1000000, and the run has 4 steps: it is of another run\. Give more --epochs",
         ),
         ({"step": 2}, "is of step 2 and epoch 1, but at 4 steps per epoch that is epoch 0"),
-        ({"step": "4"}, "its step is '4'"),
-        ({"epoch": -1}, "its epoch is -1"),
     ):
         checkpoint.save_atomically(last, payload | changes)
         with pytest.raises(checkpoint.CheckpointError, match=message):
@@ -351,17 +321,3 @@ def test_archives_do_not_write_outside_their_folder(
     words = ["cifar10", "--root", str(root), "--output", str(tmp_path / "out"), "--no-download"]
     assert data_prep.main(words) == 1
     assert not (tmp_path / "escaped").exists()
-
-
-def test_a_manifest_holds_no_secrets(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--api-token", "hunter1", "--wandb.key=hunter2", "DB_PASSWORD=hunter3", "http://me:hunter4@host/x"]
-    words += ["--client_secret", "--epochs", "3", "--output", "runs/monkey=1"]
-    monkeypatch.setattr(sys, "argv", ["train_simclr.py", *words])
-    folder = train_here(settings(images, tmp_path / "run"))
-    text = (folder / "manifest.json").read_text()
-    assert "hunter" not in text
-    assert json.loads(text)["environment"]["command"] == (
-        "train_simclr.py --api-token '***' '--wandb.key=***' 'DB_PASSWORD=***' 'http://***@host/x' "
-        "--client_secret --epochs 3 --output runs/monkey=1"
-    )
-    assert without_secrets(["--global-batch-size", "8"]) == ["--global-batch-size", "8"]

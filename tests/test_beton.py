@@ -25,7 +25,7 @@ from PIL import Image
 from simclr import beton
 from simclr.beton import BetonError, Writer
 from simclr.data import open_images
-from tests.helpers import ROOT, as_nobody, run_on_small_disk, run_python
+from tests.helpers import ROOT, run_on_small_disk, run_python
 
 HAS_FFCV = importlib.util.find_spec("ffcv") is not None
 needs_posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and limits")
@@ -182,36 +182,28 @@ def test_our_file_is_byte_for_byte_ffcvs_but_for_the_checksum(tmp_path: Path, ff
 def test_we_read_what_ffcvs_writer_wrote(tmp_path: Path, ffcv_folder: Path, name: str) -> None:
     images, labels = make_arrays(1500)
     path = Path(shutil.copy(ffcv_folder / f"{name}.beton", tmp_path))
-    layout = beton.check(path)
-    assert layout.content_sha256 is None
-    images_read, labels_read = beton.read(path)
-    np.testing.assert_array_equal(labels_read, labels)
-    if layout.encoding == "raw":
-        np.testing.assert_array_equal(images_read, images)
-    else:
-        error = np.abs(images_read.astype(int) - images).mean()
-        other = np.abs(images_read.astype(int) - images[::-1]).mean()
-        assert error < 50 < 70 < other  # JPEG keeps little of noise, but enough to tell images apart
     with pytest.raises(BetonError, match="python -m data_prep sidecar"):
         beton.load_facts(path)
     facts = beton.describe(path, source="FFCV", split="train", classes=[str(i) for i in range(10)])
     beton.save_facts(path, facts)
     assert beton.verify(path) == facts
-    if layout.encoding == "raw":  # the checksum of the content does not depend on the layout of the pages
+    images_read, labels_read = beton.read(path)
+    np.testing.assert_array_equal(labels_read, labels)
+    if facts.encoding == "raw":  # the checksum of the content does not depend on the layout of the pages
+        np.testing.assert_array_equal(images_read, images)
         ours = beton.write(tmp_path / "ours.beton", images, labels)
         assert facts.content_sha256 == ours.content_sha256
-        assert facts.file_sha256 != ours.file_sha256
+        assert facts.tables_sha256 != ours.tables_sha256
+    else:
+        error = np.abs(images_read.astype(int) - images).mean()
+        other = np.abs(images_read.astype(int) - images[::-1]).mean()
+        assert error < 50 < 70 < other  # JPEG keeps little of noise, but enough to tell images apart
 
 
 # ------------------------------------------------------------------------------------------------------- damage
 
 
-def set_number(data: bytearray, offset: int, form: str, value: int) -> bytearray:
-    struct.pack_into("<" + form, data, offset, value)
-    return data
-
-
-def table_offset(data: bytearray) -> int:
+def table_offset(data: bytes | bytearray) -> int:
     return int(struct.unpack_from("<Q", data, 16)[0])
 
 
@@ -219,106 +211,63 @@ def metadata(i: int, field: str) -> int:
     return FIRST_METADATA + i * METADATA + {"mode": 0, "width": 1, "height": 3, "offset": 5, "label": 16}[field]
 
 
-def offset_of(data: bytearray, i: int) -> int:
-    return int(struct.unpack_from("<Q", data, metadata(i, "offset"))[0])
+def allocation_5(data: bytearray) -> int:
+    return table_offset(data) + 5 * ALLOCATION
 
 
-def move_both(data: bytearray, i: int, offset: int) -> bytearray:
-    """Changes where image i starts in both tables, so that they still agree."""
-    set_number(data, metadata(i, "offset"), "Q", offset)
-    return set_number(data, table_offset(data) + i * ALLOCATION + 8, "Q", offset)
-
-
-def all_heights(data: bytearray, height: int) -> bytearray:
-    for i in range(N):
-        set_number(data, metadata(i, "height"), "H", height)
-    return data
-
-
-DAMAGES: dict[str, Callable[[bytearray], bytes | bytearray]] = {
-    "empty": lambda b: b"",
-    "20 bytes": lambda b: b[:20],
-    "cut in the descriptors": lambda b: b[: HEADER + 100],
-    "cut in the metadata": lambda b: b[: FIRST_METADATA + 10 * METADATA + 3],
-    "cut in half": lambda b: b[: len(b) // 2],
-    "half of the allocation table": lambda b: b[: table_offset(b) + N * ALLOCATION // 2],
-    "no allocation table": lambda b: b[: table_offset(b)],
-    "one byte short": lambda b: b[:-1],
-    "one byte long": lambda b: b + b"\0",
-    "a PNG": lambda b: b"\x89PNG\r\n\x1a\n" + b[8:],
-    "version": lambda b: set_number(b, 0, "H", 3),
-    "1 field": lambda b: set_number(b, 2, "H", 1),
-    "60000 fields": lambda b: set_number(b, 2, "H", 60000),
-    "page size 0": lambda b: set_number(b, 4, "I", 0),
-    "page size not a power of 2": lambda b: set_number(b, 4, "I", PAGE + 1),
-    "other page size": lambda b: set_number(b, 4, "I", 2 * PAGE),
-    "no samples": lambda b: set_number(b, 8, "Q", 0),
-    "fewer samples": lambda b: set_number(b, 8, "Q", N // 2),
-    "1000 times the samples": lambda b: set_number(b, 8, "Q", 1000 * N),
-    "2^62 samples": lambda b: set_number(b, 8, "Q", 1 << 62),
-    "table beyond the end": lambda b: set_number(b, 16, "Q", 1 << 40),
-    "table in the pixels": lambda b: set_number(b, 16, "Q", PAGE),
-    "table at 2^64 - 1": lambda b: set_number(b, 16, "Q", (1 << 64) - 1),
-    "image field becomes int": lambda b: set_number(b, HEADER, "B", 1),
-    "image field becomes bytes": lambda b: set_number(b, HEADER, "B", 3),
-    "unknown field": lambda b: set_number(b, HEADER, "B", 77),
-    "int field becomes image": lambda b: set_number(b, HEADER + DESCRIPTOR, "B", 2),
-    "field name": lambda b: set_number(b, HEADER + 1, "B", ord("j")),
-    "image arguments": lambda b: set_number(b, HEADER + 17 + 20, "B", 0xFF),
-    "label arguments": lambda b: set_number(b, HEADER + DESCRIPTOR + 17 + 500, "B", 1),
-    "one height": lambda b: set_number(b, metadata(5, "height"), "H", 65535),
-    "one width": lambda b: set_number(b, metadata(5, "width"), "H", 0),
-    "all heights": lambda b: all_heights(b, 4096),
-    "all heights 0": lambda b: all_heights(b, 0),
-    "one mode": lambda b: set_number(b, metadata(5, "mode"), "B", 0),
-    "unknown mode": lambda b: set_number(b, metadata(5, "mode"), "B", 9),
-    "image beyond the end": lambda b: set_number(b, metadata(5, "offset"), "Q", 1 << 40),
-    "image in the last bytes": lambda b: set_number(b, metadata(5, "offset"), "Q", len(b) - 16),
-    "image is another's": lambda b: set_number(b, metadata(5, "offset"), "Q", offset_of(b, 6)),
-    "image is another's in both tables": lambda b: move_both(b, 5, offset_of(b, 6)),
-    "image overlaps": lambda b: move_both(b, 5, offset_of(b, 5) + 1),
-    "image in the metadata": lambda b: move_both(b, 5, FIRST_METADATA),
-    "image in the table": lambda b: move_both(b, 5, table_offset(b)),
-    "image runs into the table": lambda b: move_both(b, 5, table_offset(b) - 16),
-    "image at 2^64 - 1": lambda b: move_both(b, 5, (1 << 64) - 1),
-    "allocation of 1 MB": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", 1 << 20),
-    "allocation of 2^64 - 1": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", (1 << 64) - 1),
-    "allocation of 0": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION + 16, "Q", 0),
-    "allocation twice": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION, "Q", 6),
-    "allocation of sample 2^40": lambda b: set_number(b, table_offset(b) + 5 * ALLOCATION, "Q", 1 << 40),
-    "label -2": lambda b: set_number(b, metadata(5, "label"), "q", -2),
+Change = tuple[Callable[[bytearray], int], str, int]  # where a number lies, its form, its new value
+DAMAGES: dict[str, tuple[str, list[Change]]] = {
+    "version": ("not a .beton file of version 2", [(lambda _: 0, "H", 3)]),
+    "fields": ("not a .beton file of version 2", [(lambda _: 2, "H", 3)]),
+    "type": ("not a .beton file of version 2", [(lambda _: HEADER, "B", 3)]),
+    "name": ("not a .beton file of version 2", [(lambda _: HEADER + 1, "B", ord("j"))]),
+    "no samples": ("do not fit its 0 images", [(lambda _: 8, "Q", 0)]),
+    "2^62 samples": ("do not fit its", [(lambda _: 8, "Q", 1 << 62)]),
+    "table in the pixels": ("do not fit its 64 images", [(lambda _: 16, "Q", PAGE)]),
+    "page size": ("contradict", [(lambda _: 4, "I", 0)]),
+    "one height": ("one encoding and one size", [(lambda _: metadata(5, "height"), "H", 65535)]),
+    "one mode": ("one encoding and one size", [(lambda _: metadata(5, "mode"), "B", 0)]),
+    "one label": ("contradict", [(lambda _: metadata(5, "label"), "q", -2)]),
+    "one offset": ("contradict", [(lambda _: metadata(5, "offset"), "Q", PAGE)]),
+    "index": ("contradict", [(allocation_5, "Q", 6)]),
+    "size": ("contradict", [(lambda data: allocation_5(data) + 16, "Q", 1 << 20)]),
+    "beyond the end": (
+        "contradict",
+        [(lambda _: metadata(5, "offset"), "Q", 1 << 63), (lambda data: allocation_5(data) + 8, "Q", 1 << 63)],
+    ),
+    "across pages": (
+        "contradict",
+        [(lambda _: metadata(5, "offset"), "Q", 2 * PAGE - 9), (lambda d: allocation_5(d) + 8, "Q", 2 * PAGE - 9)],
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    ("damage", "encoding"),
-    [(d, e) for d in DAMAGES for e in ("raw", "jpeg") if (d, e) != ("one mode", "jpeg")],  # it has that mode
-)
-def test_every_damaged_table_is_refused(tmp_path: Path, damage: str, encoding: beton.Encoding) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tables_get_no_sidecar(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.beton"
-    facts = beton.write(path, *make_arrays(), encoding=encoding)
-    good = path.read_bytes()
-    bad = bytes(DAMAGES[damage](bytearray(good)))
-    assert bad != good
-    path.write_bytes(bad)
-    with pytest.raises(BetonError, match=r"a\.beton"):
-        beton.check(path, facts)
-    with pytest.raises(BetonError, match=r"a\.beton"):  # FFCV, which crashes or hangs on some of them, never sees it
+    facts = beton.write(path, *make_arrays())
+    data = bytearray(path.read_bytes())
+    message, changes = DAMAGES[damage]
+    for place, form, value in changes:
+        struct.pack_into("<" + form, data, place(data), value)
+    path.write_bytes(data)
+    with pytest.raises(BetonError, match=rf"a\.beton: .*{message}.*python -m data_prep"):
+        beton.describe(path, source="", split="train", classes=facts.classes)
+    with pytest.raises(
+        BetonError, match=r"a\.beton: .*sha256 of its tables"
+    ):  # nor does FFCV, which may hang, see them
         open_images(path, backend="ffcv" if HAS_FFCV else "memory")
-    if (damage, encoding) not in {("all heights", "jpeg"), ("allocation of 1 MB", "jpeg")}:
-        # A JPEG sample may have any height and size; only the facts know better.
-        with pytest.raises(BetonError, match=r"a\.beton"):
-            beton.check(path)
-        with pytest.raises(BetonError):
-            beton.read(path)
 
 
-def test_damages_start_from_a_file_that_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 20, HEADER + 100, FIRST_METADATA + 100, PAGE + 5, 2 * PAGE, 2 * PAGE + 24 * N - 1])
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path, size: int) -> None:
     facts = beton.write(tmp_path / "a.beton", *make_arrays())
-    data = bytearray((tmp_path / "a.beton").read_bytes())
-    layout = beton.check(tmp_path / "a.beton", facts)
-    assert [offset_of(data, i) for i in range(N)] == layout.offsets.tolist()
-    assert table_offset(data) + N * ALLOCATION == len(data)
+    os.truncate(tmp_path / "a.beton", size)
+    with pytest.raises(BetonError, match=r"a\.beton: .*data_prep"):
+        beton.describe(tmp_path / "a.beton", source="", split="train", classes=facts.classes)
+    for refuse in (beton.check, beton.verify, beton.read, beton.image_digests):
+        with pytest.raises(BetonError, match=r"a\.beton: .*sha256 of its tables.*data_prep"):
+            refuse(tmp_path / "a.beton")
 
 
 @pytest.mark.parametrize("encoding", ["raw", "jpeg"])
@@ -326,22 +275,24 @@ def test_changed_pixels_pass_the_check_and_fail_verification(tmp_path: Path, enc
     path = tmp_path / "a.beton"
     facts = beton.write(path, *make_arrays(), encoding=encoding)
     data = bytearray(path.read_bytes())
-    offset = offset_of(data, 5)
+    offset = int(beton.check(path, facts).offsets[5])
     data[offset : offset + 64] = bytes(64)
     path.write_bytes(data)
     beton.check(path, facts)
-    with pytest.raises(BetonError, match="sha256"):
+    with pytest.raises(BetonError, match="sha256 of its content"):
         beton.verify(path)
-    with pytest.raises(BetonError, match="image 5 is not a readable JPEG" if encoding == "jpeg" else "sha256"):
-        beton.describe(path, source="", split="train", classes=facts.classes)
     if encoding == "jpeg":
+        with pytest.raises(BetonError, match="image 5 is not a readable JPEG"):
+            beton.describe(path, source="", split="train", classes=facts.classes)
         with pytest.raises(BetonError, match="image 5 is not a readable JPEG"):
             beton.read(path)
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    facts = beton.write(tmp_path / "no.beton", *make_arrays())
+    (tmp_path / "no.beton").unlink()
     with pytest.raises(BetonError, match=r"no such file.*python -m data_prep"):
-        beton.check(tmp_path / "no.beton")
+        beton.check(tmp_path / "no.beton", facts)
 
 
 # ------------------------------------------------------------------------------------------------------ sidecar
@@ -357,22 +308,12 @@ def edit_sidecar(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 BAD_SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown entry": (lambda e: e.update(colour="red"), r"Facts has unknown fields \['colour'\]"),
     "missing entry": (lambda e: e.pop("channel_std"), r"Facts has missing fields \['channel_std'\]"),
-    "other version": (lambda e: e.update(format_version=2), "format_version is 2"),
     "text for a number": (lambda e: e.update(num_images="64"), "num_images"),
-    "true for a number": (lambda e: e.update(height=True), "height"),
     "no images": (lambda e: e.update(num_images=0), "num_images"),
     "encoding": (lambda e: e.update(encoding="png"), "encoding"),
     "quality": (lambda e: e.update(jpeg_quality=101), "jpeg_quality"),
-    "not a number": (
-        lambda e: e.update(channel_mean=[float("nan"), 0, 0]),
-        r"channel_mean\[0\] is nan, expected a finite",
-    ),
-    "two channels": (lambda e: e.update(channel_mean=[0.5, 0.5]), "channel_mean"),
     "mean of 127": (lambda e: e.update(channel_mean=[127, 127, 127]), "channel_mean"),
-    "checksum": (lambda e: e.update(file_sha256="0" * 63), "file_sha256"),
-    "a class less": (lambda e: e["classes"].pop(), "class_counts"),
-    "too many images in a class": (lambda e: e["class_counts"].__setitem__(0, 1000), "class_counts"),
-    "version number": (lambda e: e.update(written_by={"numpy": 2}), "written_by"),
+    "checksum": (lambda e: e.update(content_sha256="0" * 63), "content_sha256"),
 }
 
 
@@ -381,11 +322,11 @@ def test_a_wrong_sidecar_is_refused(tmp_path: Path, name: str) -> None:
     beton.write(tmp_path / "a.beton", *make_arrays())
     change, message = BAD_SIDECARS[name]
     edit_sidecar(tmp_path / "a.beton", change)
-    with pytest.raises(BetonError, match=message):
+    with pytest.raises(BetonError, match=rf"a\.beton\.json.*{message}.*python -m data_prep"):
         beton.load_facts(tmp_path / "a.beton")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\ufffe"])
+@pytest.mark.parametrize("text", ["", "[]"])
 def test_a_sidecar_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     beton.write(tmp_path / "a.beton", *make_arrays())
     beton.sidecar_path(tmp_path / "a.beton").write_text(text, encoding="utf-8")
@@ -398,19 +339,14 @@ def test_a_sidecar_of_another_file_of_the_same_size_is_refused_without_reading_p
     beton.write(tmp_path / "a.beton", images, labels)
     beton.write(tmp_path / "b.beton", 255 - images, labels)
     shutil.copy(tmp_path / "b.beton", tmp_path / "a.beton")
-    facts = beton.load_facts(tmp_path / "a.beton")
-    with pytest.raises(BetonError, match=r"content_sha256.*do not belong together"):
-        beton.check(tmp_path / "a.beton", facts)
-    with pytest.raises(BetonError, match="do not belong together"):
-        beton.save_facts(tmp_path / "a.beton", facts)
+    with pytest.raises(BetonError, match="one of the two belongs to another"):
+        beton.check(tmp_path / "a.beton")
 
 
-@pytest.mark.parametrize(
-    "entry", [{"num_images": 65}, {"height": 16}, {"encoding": "jpeg"}, {"class_counts": (64, *[0] * 9)}]
-)
+@pytest.mark.parametrize("entry", [{"num_images": 65}, {"height": 16}, {"width": 16}, {"encoding": "jpeg"}])
 def test_facts_that_differ_from_the_tables_are_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
     facts = beton.write(tmp_path / "a.beton", *make_arrays())
-    with pytest.raises(BetonError, match=next(iter(entry))):
+    with pytest.raises(BetonError, match="sha256 of its tables"):
         beton.check(tmp_path / "a.beton", replace(facts, **entry))
 
 
@@ -490,7 +426,7 @@ def test_a_disk_that_changes_what_is_written_is_noticed(tmp_path: Path) -> None:
             assert file.read(1) == images.reshape(-1)[1000:1001].tobytes()
             file.seek(PAGE + 1000)
             file.write(bytes([images.reshape(-1)[1000] ^ 1]))
-        with pytest.raises(BetonError, match="content has sha256"):
+        with pytest.raises(BetonError, match="what was read back is not what was written"):
             writer.finish(source="", split="train", classes=[str(i) for i in range(10)])
     assert list(tmp_path.iterdir()) == []
 
@@ -509,9 +445,11 @@ def test_a_crash_between_file_and_sidecar_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         beton.write(path, images, labels)
-    np.testing.assert_array_equal(beton.read(path)[0], images)
     with pytest.raises(BetonError, match=r"no such file.*python -m data_prep"):
         beton.load_facts(path)
+    monkeypatch.undo()
+    beton.save_facts(path, beton.describe(path, source="", split="train", classes=[str(i) for i in range(10)]))
+    np.testing.assert_array_equal(beton.read(path)[0], images)
 
 
 @pytest.mark.parametrize("broken", ["name", "disk"])
@@ -582,33 +520,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
         process.stdout.close()
         if not path.exists():
             continue
+        if beton.sidecar_path(path).exists():
+            beton.verify(path)
+        else:
+            beton.save_facts(path, beton.describe(path, source="", split="train", classes=["0"]))
         images, _ = beton.read(path)
         assert (images[1:] == images[1, 0, 0, 0]).all()
         seen.add(int(images[1, 0, 0, 0]))
-        if beton.sidecar_path(path).exists():
-            beton.verify(path)
     assert seen <= {1, 2}
     assert seen, "no file was ever finished; the test did not test anything"
-
-
-@needs_posix
-@pytest.mark.parametrize("encoding", ["raw", "jpeg"])
-def test_a_file_size_limit_leaves_the_old_file(tmp_path: Path, encoding: str) -> None:
-    path = tmp_path / "a.beton"
-    old = beton.write(path, *make_arrays(seed=1))
-    script = (
-        "import resource, sys; import numpy as np; from simclr import beton\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))\n"
-        "images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), dtype=np.uint8)\n"
-        "try: beton.write(sys.argv[1], images, np.zeros(4000, int), encoding=sys.argv[2])\n"
-        "except beton.BetonError as error: sys.exit(str(error))\n"
-    )
-    result = run_python("-c", script, str(path), encoding)
-    assert result.returncode == 1
-    assert "files of this process or file system may not be larger" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert beton.verify(path) == old
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
 
 
 FULL_DISK = """
@@ -638,20 +558,3 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert "MB free" in raw
     assert "the disk is full; free some space" in jpeg
     assert intact == "intact"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "missing" / "a.beton", "its folder does not exist"),
-        (lambda folder: folder / "file" / "a.beton", "a part of this path is a file"),
-        (lambda folder: folder / "locked" / "a.beton", "this user may not; change the rights"),
-    ],
-)
-def test_a_folder_that_cannot_be_written_to_is_named(
-    folder_for_all: Path, make: Callable[[Path], Path], message: str
-) -> None:
-    (folder_for_all / "file").touch()
-    (folder_for_all / "locked").mkdir(mode=0o555)
-    with as_nobody(), pytest.raises(BetonError, match=message):
-        beton.write(make(folder_for_all), *make_arrays())

@@ -276,7 +276,7 @@ def test_json_that_does_not_fit_is_refused_by_field(change: Any, message: str) -
 
 def test_a_table_comes_back_from_json() -> None:
     facts = Facts(
-        1, "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c" * 64, 1, "f" * 64, {}
+        "s", "train", 1, 8, 8, "raw", None, False, ("a",), (1,), (0.5,) * 3, (0.2,) * 3, "c" * 64, "f" * 64, 1, {}
     )
     facts = dataclasses.replace(facts, written_by={"simclr": "0.1"})
     assert from_json(Facts, to_json(facts)) == facts

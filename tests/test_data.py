@@ -336,7 +336,7 @@ def test_a_closed_source_says_so(file: Path) -> None:
     [
         (lambda path: path.unlink(), "no such file"),
         (lambda path: beton.sidecar_path(path).unlink(), "no such file; it holds the facts"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-12]), "allocation table"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-12]), "sha256 of its tables"),
         (lambda path: _flip_byte(path, at=3 << 20), "sha256"),
     ],
     ids=["no file", "no sidecar", "cut", "one pixel"],
@@ -368,7 +368,7 @@ def test_the_checksum_of_a_large_file_is_left_out_and_that_is_said(
     with open_images(path, backend="memory") as source:
         assert source.reason.endswith("tables checked, checksum not (more than 2 MiB)")
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(beton.BetonError, match="allocation table"):
+    with pytest.raises(beton.BetonError, match="sha256 of its tables"):
         open_images(path, backend="memory")
 
 

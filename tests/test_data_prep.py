@@ -743,7 +743,7 @@ def test_a_different_file_is_replaced_only_by_force(tmp_path: Path, capsys: pyte
     assert code == 1
     assert "differs" in text
     assert "content_sha256" in text
-    assert "file_sha256" not in text  # of no help to the user
+    assert "tables_sha256" not in text  # of no help to the user
     assert "--force" in text
     assert files_below(tmp_path / "out") == before
     code, text = run(capsys, "imagefolder", "--root", second, "--output", output, "--force")
@@ -767,16 +767,6 @@ def test_splits_are_replaced_together_or_not_at_all(tmp_path: Path, capsys: pyte
     assert run(capsys, *command, "--force")[0] == 0
     for split, seed in (("train", 77), ("test", 78)):
         np.testing.assert_array_equal(beton.read(tmp_path / "out" / f"{split}.beton")[0][0], noise(seed))
-
-
-def test_a_lost_sidecar_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root, output = make_tree(tmp_path / "pets"), tmp_path / "out" / "a.beton"
-    command = ("imagefolder", "--root", root, "--output", output)
-    assert run(capsys, *command)[0] == 0
-    before = files_below(tmp_path / "out")
-    beton.sidecar_path(output).unlink()
-    assert run(capsys, *command)[0] == 0
-    assert files_below(tmp_path / "out") == before
 
 
 def test_a_damaged_file_is_not_replaced_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

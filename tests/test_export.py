@@ -163,11 +163,6 @@ def test_the_card_states_what_was_measured_on_these_weights_and_how(small: Path)
     data: Any = huggingface_hub.ModelCard(text).data
     assert (data.license, data.pipeline_tag, data.get("library_name")) == ("mit", "image-feature-extraction", None)
     assert {"timm", "simclr", "arxiv:2002.05709"} <= set(data.tags or ())
-    found = {(result.metric_name, result.metric_value, result.dataset_type) for result in data.eval_results}
-    assert found == {
-        ("kNN (k = 3), accuracy in %", 75.54, "cifar10"),
-        ("linear classifier on the frozen encoder's features of plain images, accuracy in %", 76.54, "cifar10"),
-    }
     for part in (
         "| pretrained encoder | 75.54 | 76.54 |",
         "| raw pixels | 39.00 | – |",
@@ -187,9 +182,8 @@ def test_config_says_what_each_file_takes_and_gives(small: Path) -> None:
     assert "architecture" not in config  # timm would build another network
     about = config["simclr"]
     assert (about["image_size"], about["representation_dim"], about["encoder"]) == (16, 24, "small_resnet_w8_d24")
-    assert about["files"].keys() == {WEIGHTS, PROGRAM, ONNX}
-    assert about["files"][ONNX]["input"].startswith("uint8 (batch, 16, 16, 3), RGB")
-    assert about["files"][WEIGHTS]["input"].startswith("float32 (batch, 3, 16, 16), RGB")
+    assert about[f"{PROGRAM}, {ONNX}"].startswith("uint8 (batch, 16, 16, 3), RGB")
+    assert about[WEIGHTS].startswith("float32 (batch, 3, 16, 16), RGB")
 
 
 def test_a_checkpoint_without_a_probe_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,8 +280,8 @@ def test_what_others_put_there_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stem", "expected"),
     [
-        ("resnet18_d40", "patch2", "model.layer4.append(nn.Sequential(nn.Conv2d(512, 40, kernel_size=(1, 1)"),
-        ("mobilenetv3_small_050", "cifar", "model.conv_stem = nn.Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1)"),
+        ("resnet18_d40", "patch2", "model.layer4.append(nn.Sequential(nn.Conv2d(512, 40, 1, bias=False)"),
+        ("mobilenetv3_small_050", "cifar", "model.conv_stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False)"),
         ("vit_tiny_patch16_224", "auto", '("vit_tiny_patch16_224", num_classes=0, img_size=16, patch_size=2)'),
     ],
 )

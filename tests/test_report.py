@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import html.parser
-import io
 import itertools
 import json
 import math
@@ -30,7 +28,7 @@ from simclr.config import LossConfig, ProbeConfig, TrainConfig
 from simclr.data import open_images
 from simclr.evaluation import Candidate, Curve, Features
 from simclr.models import ModelConfig
-from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, fonts, health, page, pictures
+from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, health, page, pictures
 from simclr.report.pictures import Map, Neighbours, ViewPairs
 from simclr.views import ViewSpec, describe
 
@@ -40,7 +38,6 @@ CLASSES = ("cat", "dog", "a|b", "<frog> & co")
 def facts(num_images: int, **changes: Any) -> Facts:
     c = len(changes.get("classes", CLASSES))
     entries: dict[str, Any] = {
-        "format_version": 1,
         "source": "CIFAR-10",
         "split": "train",
         "num_images": num_images,
@@ -55,7 +52,7 @@ def facts(num_images: int, **changes: Any) -> Facts:
         "channel_std": (0.2470, 0.2435, 0.2616),
         "content_sha256": f"{num_images:064x}",
         "file_bytes": 1000,
-        "file_sha256": "f" * 64,
+        "tables_sha256": "f" * 64,
         "written_by": {},
     }
     return Facts(**{**entries, **changes})
@@ -372,13 +369,13 @@ def test_a_hundred_classes_one_epoch_and_divergence_are_drawn(tmp_path: Path) ->
     assert rows[5].split("|")[2:4] == [" – ", " – "]
     drawings = figures.curves_drawings(curves) | figures.confusion_drawings(confusion, many)
     for _, make in drawings.values():
-        make(figures.DARK).draw_without_rendering()
+        make().draw_without_rendering()
 
 
 def test_each_of_a_hundred_classes_has_its_own_colour_and_marker_and_a_place_in_the_legend() -> None:
     points, names = some_pictures(100, 100).map, ["_first", *(f"a kind with number {i}" for i in range(1, 100))]
     assert points is not None
-    figure = figures.draw_map(points, names, figures.LIGHT)
+    figure = figures.draw_map(points, names)
     looks = {
         (np.asarray(dots.get_facecolor()).tobytes(), np.asarray(dots.get_paths()[0].vertices).tobytes())
         for dots in figure.axes[0].collections
@@ -393,20 +390,7 @@ def test_each_of_a_hundred_classes_has_its_own_colour_and_marker_and_a_place_in_
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Dark and light, narrow, paper
-
-
-def test_every_figure_is_drawn_for_light_and_dark_pages(written: Path) -> None:
-    page = (written / "report.html").read_text()
-    data = 'data:image/png;base64,([^"]+)"'
-    pictures = re.findall(rf'srcset="{data}>\s*<img alt="[^"]+" src="{data}>', page)
-    assert len(pictures) == len(FIGURES)
-    for name, (dark, light) in zip(FIGURES, sorted(pictures), strict=True):
-        corners = []
-        for text in (dark, light):
-            with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
-                corners.append(picture.convert("RGB").getpixel((0, 0)))
-        assert corners == [(0x15, 0x18, 0x1C), (255, 255, 255)], name
+# Paper
 
 
 def test_without_weasyprint_the_way_out_is_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,18 +417,15 @@ def test_the_report_is_written_as_pdf(tmp_path: Path) -> None:
 # Names in any script
 
 
-def test_names_are_written_with_a_font_that_has_their_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fonts.lettering(CLASSES) == fonts.Lettering(("DejaVu Sans",), CLASSES, 0)
+def test_names_are_written_with_any_font_of_the_list_that_has_their_characters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # of the fonts that matplotlib brings, only one has this character
-    brought = ("STIXGeneral", "DejaVu Sans", "cmsy10")
-    only_there = sorted(fonts._characters_of("STIXGeneral") - fonts._characters_of("DejaVu Sans"))[0]
-    monkeypatch.setattr(fonts, "_installed", lambda: brought)
-    names = ("cat", f"{only_there} b")
-    assert fonts.lettering(names) == fonts.Lettering(("DejaVu Sans", "STIXGeneral"), names, 0)
-    panels = {"a": ("", lambda theme: figures.draw_recall(np.ones(2), names, theme))}
-    figures.draw(panels, fonts.lettering(names).families)  # a glyph that is missing is a warning, and an error here
+    panels: figures.Drawings = {"a": ("", lambda: figures.draw_recall(np.ones(2), ("cat", "\u20dd b")))}
     with pytest.raises(UserWarning, match="missing from font"):
-        figures.draw(panels, ["DejaVu Sans"])
+        figures.draw(panels)
+    monkeypatch.setattr(figures, "OTHER_SCRIPTS", ("STIXGeneral",))
+    figures.draw(panels)  # a glyph that is missing is a warning, and an error here
 
 
 def test_titles_of_neighbours_do_not_run_into_each_other() -> None:
@@ -452,9 +433,9 @@ def test_titles_of_neighbours_do_not_run_into_each_other() -> None:
     query = np.zeros((4, 32, 32, 3), np.uint8)
     others = np.zeros((4, 7, 32, 32, 3), np.uint8)
     found = Neighbours(query, np.arange(4), others, np.arange(28).reshape(4, 7) % 4, np.ones((4, 7)))
-    with matplotlib.rc_context(figures.style_of(figures.LIGHT, fonts.lettering(names).families)):  # type: ignore[arg-type, unused-ignore]
+    with matplotlib.rc_context(figures.style()):  # type: ignore[arg-type, unused-ignore]
         (_, make) = figures.neighbours_drawings(found, names)["neighbours-1"]
-        figure = make(figures.LIGHT)
+        figure = make()
         boxes = [text.get_window_extent() for text in figure.axes[0].texts]
         assert len(boxes) == 4 * 8
         for start in range(0, len(boxes), 8):
@@ -462,15 +443,6 @@ def test_titles_of_neighbours_do_not_run_into_each_other() -> None:
             assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(row))
             assert row[0].x0 >= 0
             assert row[-1].x1 <= figure.bbox.x1
-
-
-def test_names_that_no_font_can_write_are_numbered_and_listed(tmp_path: Path) -> None:
-    classes = ("cat", "\U000f0000\U000f0001", "dog", "fish")  # for private use: no font has them
-    odd = {"train_facts": facts(1000, classes=classes), "test_facts": facts(400, classes=classes)}
-    assert fonts.lettering(classes).names == ("cat", "class 1", "dog", "fish")
-    text = written_anew(tmp_path, a_result(**odd))
-    assert "has all characters of 1 class name: figures number such classes as the table does" in text
-    assert f"| {classes[1]} | 80.0 | cat (10 %) | 1 |" in text
 
 
 def test_wide_characters_take_two_columns() -> None:

@@ -9,15 +9,14 @@ named "label", all images of one size and one encoding.
     pages             the samples' bytes; no sample crosses a page
     allocation table  per sample: its index, where its bytes start, how many they are
 
-FFCV trusts all of it: damaged tables make it crash, hang, or return wrong pixels. ``check`` refuses such a
-file before FFCV sees it. What the format has no room for (class names, channel statistics, source, checksums)
-stands in a JSON file beside it, ``FILE.beton.json``, read into ``Facts``. The checksum of the content also
-stands in the image field's unused arguments, so that a sidecar that belongs to another file is noticed without
-reading the pixels.
+FFCV trusts all of it: damaged tables make it crash, hang, or return wrong pixels. What the format has no room for
+(class names, channel statistics, source) stands in a JSON file beside it, ``FILE.beton.json``, read into ``Facts``.
+Two checksums stand there too: of the tables, which ``check`` compares before FFCV sees the file, and of the content,
+which ``verify`` compares as well.
 """
 
 from simclr.beton.facts import About, BetonError, Facts, load_facts, sidecar_path
-from simclr.beton.format import Encoding, file_sha256
+from simclr.beton.format import Encoding
 from simclr.beton.reading import Layout, check, describe, image_digests, read, verify
 from simclr.beton.writing import Writer, encode_jpeg, save_facts, write
 
@@ -31,7 +30,6 @@ __all__ = [
     "check",
     "describe",
     "encode_jpeg",
-    "file_sha256",
     "image_digests",
     "load_facts",
     "read",

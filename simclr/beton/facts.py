@@ -8,16 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Required, TypedDict
+from typing import Annotated, Required, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simclr.beton.format import Encoding
 from simclr.run.files import PathLike
-from simclr.schema import Count, Must, Share, Size, from_values, require
+from simclr.schema import Count, Must, Share, Size, from_values
 
-SIDECAR_VERSION = 1
 HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --help (add --force to replace them)"
 Quality = Annotated[int, Must(lambda value: 1 <= value <= 100, "1 to 100")]
 Sha256 = Annotated[str, Must(re.compile("[0-9a-f]{64}").fullmatch, "64 hexadecimal digits")]
@@ -32,7 +31,6 @@ class Facts:
     """What is known about one .beton file; stored beside it as ``FILE.beton.json``.
 
     Attributes:
-        format_version: ``SIDECAR_VERSION`` of the code that wrote it.
         source: Where the images came from and what was done to them, for people.
         split: "train", "test", "unlabeled", ...
         num_images: Number of images.
@@ -47,12 +45,11 @@ class Facts:
         channel_std: Population standard deviation of the stored pixels / 255, in the order R, G, B.
         content_sha256: Of the samples in index order and their labels, whatever the page layout. Samples are
             decoded pixels for "raw", and JPEG streams for "jpeg", as JPEG decoders differ in the last bit.
+        tables_sha256: Of all that lies before the first page and behind the last.
         file_bytes: Size of the .beton file.
-        file_sha256: Of the whole .beton file.
         written_by: Versions of the software that wrote it.
     """
 
-    format_version: int
     source: str
     split: str
     num_images: Size
@@ -66,8 +63,8 @@ class Facts:
     channel_mean: tuple[Share, Share, Share]
     channel_std: tuple[Share, Share, Share]
     content_sha256: Sha256
+    tables_sha256: Sha256
     file_bytes: Size
-    file_sha256: Sha256
     written_by: dict[str, str]
 
     @property
@@ -122,17 +119,9 @@ def sidecar_path(path: PathLike) -> Path:
 
 
 def load_facts(path: PathLike) -> Facts:
-    """Read the sidecar of a .beton file.
+    """Read the sidecar of a .beton file. That it belongs to the file is for ``check`` or ``verify`` to say.
 
-    Args:
-        path: The .beton file (not the sidecar).
-
-    Returns:
-        Its facts. That they belong to the file is for ``check`` or ``verify`` to say.
-
-    Raises:
-        BetonError: If ``path`` is a folder, or the sidecar is missing, of another version, has unknown, missing or
-            ill-typed entries, or contradicts itself.
+    Raises BetonError if ``path`` is a folder, or the sidecar is missing, or has unknown, missing or ill-typed entries.
     """
     if Path(path).is_dir():
         held = ", ".join(str(file) for file in sorted(Path(path).glob("*.beton")))
@@ -144,23 +133,9 @@ def load_facts(path: PathLike) -> Facts:
             f"For a .beton file that FFCV's own DatasetWriter made: python -m data_prep sidecar {path} --help"
         )
     try:
-        entries = json.loads(sidecar.read_text(encoding="utf-8"))
+        return from_values(Facts, json.loads(sidecar.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise BetonError(f"{sidecar}: not a readable sidecar: {error}. {HOW_TO_CONVERT}") from error
-    try:
-        return _facts_from(entries)
-    except ValueError as error:
-        raise BetonError(f"{sidecar}: {error}. {HOW_TO_CONVERT}") from error
-
-
-def _facts_from(entries: Any) -> Facts:
-    if isinstance(entries, dict):
-        version = entries.get("format_version")
-        require(version == SIDECAR_VERSION, "format_version", version, f"{SIDECAR_VERSION}, which this code reads")
-    facts = from_values(Facts, entries)
-    if len(facts.class_counts) != facts.num_classes or sum(facts.class_counts) > facts.num_images:
-        raise ValueError(f"class_counts {facts.class_counts} do not fit {facts.num_classes} classes")
-    return facts
 
 
 def facts_as_json(path: PathLike, facts: Facts) -> bytes:

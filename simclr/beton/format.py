@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from simclr.run.files import PathLike
 
 Encoding = Literal["raw", "jpeg"]
 VERSION = 2
@@ -18,7 +14,6 @@ IMAGE_FIELD, INT_FIELD = 2, 1
 FIELD_NAMES = (b"image", b"label")
 MODES: dict[int, Encoding] = {0: "jpeg", 1: "raw"}
 SMALLEST_PAGE, LARGEST_PAGE = 1 << 21, 1 << 31  # FFCV's own writer accepts powers of two in this range
-DIGEST_TAG = b"content-sha256:"
 # Offsets are spelled out because FFCV aligns these records as a C compiler on x86-64 would.
 HEADER = np.dtype(
     {
@@ -41,25 +36,16 @@ ALLOCATION = np.dtype([("index", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 METADATA_OFFSET = HEADER.itemsize + 2 * DESCRIPTOR.itemsize
 
 
-def content_digest(encoding: str, num_images: int, height: int, width: int) -> hashlib._Hash:
-    """Begin the checksum of a file's content: ``digest_sample`` takes the samples in, and the labels come last."""
+def new_digest(encoding: str, num_images: int, height: int, width: int) -> hashlib._Hash:
+    """Begin a checksum of a file's tables, or of its content: ``digest_sample`` for each sample, then the labels."""
     return hashlib.sha256(f"{encoding} {num_images} {height} {width}\n".encode())
 
 
 def digest_sample(digest: hashlib._Hash, sample: bytes | NDArray[np.uint8], encoding: Encoding) -> None:
-    """Take the next sample, pixels or a JPEG stream, into a ``content_digest``."""
+    """Take the next sample, pixels or a JPEG stream, into a ``new_digest``."""
     if encoding == "jpeg":  # so that no byte can move from one stream to the next
         digest.update(len(sample).to_bytes(8, "little"))
     digest.update(sample if isinstance(sample, bytes) else sample.data)
-
-
-def unpack_digest(arguments: bytes) -> str | None:
-    """Return the checksum in a field's arguments; None if they are empty, "" if they are something else."""
-    text = arguments.rstrip(b"\0")
-    if not text:
-        return None
-    digest = text.removeprefix(DIGEST_TAG).decode("ascii", "replace")
-    return digest if text.startswith(DIGEST_TAG) and re.fullmatch("[0-9a-f]{64}", digest) else ""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -73,9 +59,3 @@ def page_size_for(pixels: int) -> int:
     while size < 8 * pixels and size < LARGEST_PAGE:
         size *= 2
     return size
-
-
-def file_sha256(path: PathLike) -> str:
-    """Return the checksum of a whole file, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,6 @@ from simclr.beton.facts import About, BetonError, Facts, count_classes, facts_as
 from simclr.beton.format import (
     ALLOCATION,
     DESCRIPTOR,
-    DIGEST_TAG,
     FIELD_NAMES,
     HEADER,
     IMAGE_FIELD,
@@ -30,12 +29,12 @@ from simclr.beton.format import (
     MODES,
     VERSION,
     Encoding,
-    content_digest,
     digest_sample,
+    new_digest,
     page_size_for,
     round_up,
 )
-from simclr.beton.reading import check, describe
+from simclr.beton.reading import describe
 from simclr.run import files
 from simclr.run.files import PathLike
 
@@ -88,7 +87,7 @@ class Writer:
         self._metadata["height"], self._metadata["width"] = height, width
         self._sizes = np.zeros(num_images, np.int64)
         self._next_page = round_up(METADATA_OFFSET + self._metadata.nbytes, self._page_size)
-        self._digest = content_digest(encoding, num_images, height, width)
+        self._digest = new_digest(encoding, num_images, height, width)
         with _disk_errors(self.path):
             if encoding == "raw":  # the size of JPEG streams is not known yet
                 self._check_free_space()
@@ -109,14 +108,9 @@ class Writer:
             self._file.close()
 
     def add(self, images: NDArray[np.uint8], labels: ArrayLike) -> None:
-        """Append raw images.
+        """Append raw images, uint8 (m, h, w, 3) RGB, and their labels, integers (m,); -1 for an image without a label.
 
-        Args:
-            images: uint8 (m, h, w, 3), RGB.
-            labels: Integers (m,); -1 for an image without a label.
-
-        Raises:
-            BetonError: If shapes or types differ from what was announced, or writing fails.
+        Raises BetonError if shapes or types differ from what was announced, or writing fails.
         """
         if self._encoding != "raw":
             raise BetonError(f"{self.path} holds JPEG streams; use add_jpeg")
@@ -125,14 +119,9 @@ class Writer:
         self._append(list(images.reshape(len(images), math.prod(self._shape))), labels)
 
     def add_jpeg(self, streams: Sequence[bytes], labels: ArrayLike) -> None:
-        """Append JPEG streams.
+        """Append JPEG files in memory, RGB, of the size that was announced, and their labels as in ``add``.
 
-        Args:
-            streams: m complete JPEG files in memory, RGB, of the size that was announced.
-            labels: Integers (m,); -1 for an image without a label.
-
-        Raises:
-            BetonError: If the file was opened for raw images, a stream is empty or too large, or writing fails.
+        Raises BetonError if the file was opened for raw images, a stream is empty or too large, or writing fails.
         """
         if self._encoding != "jpeg":
             raise BetonError(f"{self.path} holds raw images; use add")
@@ -190,7 +179,8 @@ class Writer:
         header["table_offset"] = self._next_page
         descriptors = np.zeros(2, DESCRIPTOR)
         descriptors["type_id"], descriptors["name"] = (IMAGE_FIELD, INT_FIELD), FIELD_NAMES
-        descriptors["arguments"][0] = DIGEST_TAG + content_sha256.encode()
+        # FFCV ignores it. It makes the tables differ, and so their checksum, where two files differ in pixels only.
+        descriptors["arguments"][0] = f"content-sha256:{content_sha256}".encode()
         allocations = np.zeros(self._num_images, ALLOCATION)
         allocations["index"] = np.arange(self._num_images)
         allocations["offset"], allocations["size"] = self._metadata["offset"], self._sizes
@@ -253,24 +243,9 @@ def write(
     classes: Sequence[str] | None = None,
     lossy_source: bool = False,
 ) -> Facts:
-    """Write images that are in memory, and their sidecar; an existing file is replaced once that is complete.
+    """Write images uint8 (n, h, w, 3) RGB with labels (n,), -1 for none, and their sidecar, as :class:`Writer` does.
 
-    Args:
-        path: The .beton file.
-        images: uint8 (n, h, w, 3), RGB.
-        labels: Integers (n,); -1 for an image without a label.
-        encoding: "raw" or "jpeg".
-        jpeg_quality: 1 to 100; for "jpeg" only.
-        source: As in ``About``, like the rest.
-        split: "train", "test", ...
-        classes: Names in label order. By default "0", "1", ... up to the largest label.
-        lossy_source: Whether the images had gone through lossy compression before.
-
-    Returns:
-        The facts as stored.
-
-    Raises:
-        BetonError: As ``Writer``.
+    By default the classes are called "0", "1", ... up to the largest label. The other arguments are those of ``About``.
     """
     if images.ndim != 4:
         raise BetonError(f"expected images of shape (n, h, w, 3), got {images.shape}")
@@ -290,17 +265,10 @@ def write(
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
-    """Compress one image.
+    """Return a uint8 (h, w, 3) RGB image as a baseline JPEG file with 4:2:0 chroma subsampling.
 
-    Args:
-        image: uint8 (h, w, 3), RGB.
-        quality: 1 to 100, as libjpeg counts it.
-
-    Returns:
-        A baseline JPEG file with 4:2:0 chroma subsampling; the same bytes each time with one Pillow version.
-
-    Raises:
-        BetonError: If the quality is out of range or the array is no RGB image.
+    The same bytes each time with one Pillow version. Raises BetonError if the quality is not 1 to 100, or the array is
+    no RGB image.
     """
     from PIL import Image  # raw files need no Pillow
 
@@ -314,12 +282,7 @@ def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:
 
 
 def save_facts(path: PathLike, facts: Facts) -> None:
-    """Store the facts about ``path`` beside it, in one step.
-
-    Raises:
-        BetonError: If ``facts`` do not belong to the file, or the sidecar cannot be written.
-    """
-    check(path, facts)
+    """Store the facts about ``path`` beside it, in one step. Raises BetonError if they cannot be written."""
     sidecar = sidecar_path(path)
     with _disk_errors(sidecar), files.atomic_write(sidecar) as file:
         file.write(facts_as_json(path, facts))

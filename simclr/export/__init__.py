@@ -5,7 +5,7 @@
 model.safetensors    the weights under timm's names, for normalised images; nothing is executed when they are read
 encoder.pt2          the encoder as a program (torch.export): uint8 images in, representations out
 encoder.onnx         the same for ONNX runtimes; needs the packages of the extra "export"
-config.json          what the files take and give, their SHA-256, and what timm reads
+config.json          what the files take and give, and what timm reads
 README.md            the model card: what was measured and how, and lines that load each file, all of which run
 
 Every file is compared with the encoder before the folder takes its name.
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
+import timm
 import torch
 import torch.nn.functional as F
 import tyro
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from simclr import parts
 from simclr.evaluation import Normalisation
 from simclr.export import model_card
-from simclr.export.timm_alone import timm_alone
+from simclr.export.timm_alone import TimmAlone, timm_alone
 from simclr.models import Stem, make_encoder
 from simclr.run import checkpoint, files, host
 from simclr.run.checkpoint import CheckpointError, Pretrained
@@ -43,7 +44,6 @@ from simclr.schema import Size
 FOLDER = "encoder"
 WEIGHTS, PROGRAM, ONNX, CONFIG, CARD = "model.safetensors", "encoder.pt2", "encoder.onnx", "config.json", "README.md"
 _FILES = {WEIGHTS, PROGRAM, ONNX, CONFIG, CARD}
-_FORMAT = 1  # of our part of config.json
 _ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _INSTALL = 'pip install "simclr[export]", or pip install ' + " ".join(_ONNX_PACKAGES)
 # Other kernels sum in another order. Of the largest number in a representation.
@@ -101,7 +101,7 @@ class ImageEncoder(nn.Module):
 
 
 def export(pretrained: Pretrained, options: Options) -> Path:
-    """Write the folder; at every moment it is the old one or the whole new one, but for an instant between the two.
+    """Write the folder, whole or not at all; an earlier export in its place goes when the new one is complete.
 
     Args:
         pretrained: What :func:`simclr.run.checkpoint.load_pretrained` gives.
@@ -124,23 +124,22 @@ def export(pretrained: Pretrained, options: Options) -> Path:
     encoder, facts = pretrained.model.encoder.cpu().eval(), pretrained.facts
     if options.image_size is not None:
         pretrained.model.require_size(options.image_size)
-    metadata = metadata_of(pretrained, options.image_size)
+    about, metadata = _about(pretrained, options.image_size), metadata_of(pretrained, options.image_size)
     noise = torch.randint(0, 256, (3, facts.height, facts.width, 3), generator=torch.Generator().manual_seed(0))
     images = noise.to(torch.uint8)
     model = ImageEncoder(encoder, facts.normalisation, options.image_size).eval().requires_grad_(False)
     alone = timm_alone(encoder, metadata["encoder"], images.permute(0, 3, 1, 2) / 255)
 
     with files.atomic_folder(folder) as new:
+        _write_config(new, about, alone)
         (new / WEIGHTS).write_bytes(save(_weights(encoder), metadata))
         if options.program:
             program, content = _make_program(model, images)
             (new / PROGRAM).write_bytes(content)
             if options.onnx != "no" and not lacking:
                 (new / ONNX).write_bytes(_make_onnx(program, model, images))
-        config = _config(metadata, new, alone.config if alone else {})
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         written = sorted(path.name for path in new.iterdir())
-        card = model_card.render(pretrained, alone=alone, files=written, config=config, license_id=options.license)
+        card = model_card.render(pretrained, alone=alone, files=written, about=about, license_id=options.license)
         (new / CARD).write_text(card, encoding="utf-8")
 
     print(
@@ -156,29 +155,33 @@ def export(pretrained: Pretrained, options: Options) -> Path:
 
 
 def metadata_of(pretrained: Pretrained, read_at: int | None = None) -> dict[str, str]:
-    """Return what a program has to know of an encoder, as a safetensors file holds it.
+    """Return what a program has to know of an encoder, as a safetensors file holds it: text, or else JSON.
 
     Args:
         pretrained: The encoder.
         read_at: Side in pixels that stored images are resized to. None: as stored.
     """
+    known = {"format": "pt", **_about(pretrained, read_at), "sha256": _sha256(_weights(pretrained.model.encoder))}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
+
+
+def _about(pretrained: Pretrained, read_at: int | None) -> dict[str, Any]:
     facts, model = pretrained.facts, pretrained.config.model
     mean, std = facts.normalisation
     return {
-        "format": "pt",
         "encoder": model.encoder,
         "stem": model.stem,
-        "image_size": str(facts.height),
-        "read_at": str(read_at or facts.height),
-        "representation_dim": str(pretrained.model.representation_dim),
-        "mean": json.dumps(mean),
-        "std": json.dumps(std),
+        "image_size": facts.height,
+        "read_at": read_at or facts.height,
+        "representation_dim": pretrained.model.representation_dim,
+        "mean": mean,
+        "std": std,
         "encoding": facts.encoding,
-        "jpeg_quality": json.dumps(facts.jpeg_quality),
+        "jpeg_quality": facts.jpeg_quality,
         "pretrained_on": facts.source,
         "objective": pretrained.config.loss.name,
-        "step": str(pretrained.step),
-        "sha256": _sha256(_weights(pretrained.model.encoder)),
+        "step": pretrained.step,
+        "torch": torch.__version__,
     }
 
 
@@ -306,40 +309,23 @@ def _compare(name: str, made: Callable[[Tensor], Tensor], model: ImageEncoder, i
             )
 
 
-def _config(metadata: Mapping[str, str], folder: Path, for_timm: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json: what timm reads, where it builds the encoder, and all about the files under "simclr"."""
-    side, read_at, width = (int(metadata[name]) for name in ("image_size", "read_at", "representation_dim"))
-    mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
-    stored = f"uint8 (batch, {side}, {side}, 3), RGB, as decoded; it is normalised inside"
-    normalised = f"float32 (batch, 3, {read_at}, {read_at}), RGB, (pixel / 255 - mean) / std"
-    takes = {WEIGHTS: normalised, PROGRAM: stored, ONNX: stored}
-    about = {
-        name: {
-            "input": takes[name],
-            "output": f"float32 (batch, {width})",
-            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-        }
-        for name in takes
-        if (folder / name).exists()
+def _write_config(folder: Path, about: Mapping[str, Any], alone: TimmAlone | None) -> None:
+    """Write config.json: what timm reads, where it builds the encoder by name, and what the files take and give."""
+    if alone is not None and alone.call is not None:
+        size = (3, about["read_at"], about["read_at"])
+        images = {"mean": about["mean"], "std": about["std"], "input_size": size, "crop_pct": 1.0}
+        known: dict[str, Any] = alone.model.pretrained_cfg  # type: ignore[assignment]  # an attribute that timm adds
+        known |= images | {"interpolation": "bicubic", "crop_mode": "center", "fixed_input_size": bool(alone.arguments)}
+        timm.models.save_for_hf(alone.model, str(folder), model_args=dict(alone.arguments), safe_serialization=True)
+    path, side, read_at = folder / CONFIG, about["image_size"], about["read_at"]
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config["simclr"] = {
+        **about,
+        "resize": f"shorter side to {side} (bicubic, antialiased), centre cropped to a square",
+        WEIGHTS: f"float32 (batch, 3, {read_at}, {read_at}), RGB, (pixel / 255 - mean) / std",
+        f"{PROGRAM}, {ONNX}": f"uint8 (batch, {side}, {side}, 3), RGB, as decoded; it is normalised inside",
     }
-    known = {name: value for name, value in metadata.items() if name not in {"format", "mean", "std", "sha256"}}
-    numbers = {"image_size": side, "read_at": read_at, "representation_dim": width, "step": int(metadata["step"])}
-    ours = known | numbers | {"jpeg_quality": json.loads(metadata["jpeg_quality"])}
-    config = dict(for_timm)
-    if "pretrained_cfg" in config:
-        input_size = [3, read_at, read_at]
-        config["pretrained_cfg"] = config["pretrained_cfg"] | {"mean": mean, "std": std, "input_size": input_size}
-    return config | {
-        "simclr": {
-            "format": _FORMAT,
-            **ours,
-            "mean": mean,
-            "std": std,
-            "resize": f"shorter side to {side} (bicubic, antialiased), centre cropped to a square",
-            "files": about,
-            "torch": torch.__version__,
-        }
-    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _require_own(folder: Path) -> None:

@@ -7,13 +7,11 @@ folder.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from simclr import templates
 from simclr.evaluation import combined_sha256, fingerprint
@@ -22,39 +20,11 @@ from simclr.run import runlog
 from simclr.run.checkpoint import Pretrained
 from simclr.views import describe, say_view_stages
 
-_METHODS = {"nt_xent": "SimCLR (NT-Xent)", "barlow_twins": "Barlow Twins"}
-_TAGS = {"nt_xent": "simclr", "barlow_twins": "barlow-twins"}
-_PAPERS = {"nt_xent": "2002.05709", "barlow_twins": "2103.03230"}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one evaluation found, of these weights."""
-
-    folder: str
-    found: Mapping[str, Any]
-    """probe.json."""
-
-    @property
-    def classifier(self) -> str:
-        """What stands on the encoder."""
-        config = self.found["config"]
-        if config["mode"] == "finetune":
-            return "encoder fine-tuned with a linear classifier"
-        views = "plain" if config["features"] == "cached" else "lightly augmented"
-        return f"linear classifier on the frozen encoder's features of {views} images"
-
-    @property
-    def own(self) -> Mapping[str, Any]:
-        """The pretrained encoder's row."""
-        row: Mapping[str, Any] = self.found["rows"][-1]
-        return row
-
-    @property
-    def read_at(self) -> int | None:
-        """Side in pixels that images were resized to for the encoder; None if they were read as stored."""
-        read_at: int | None = self.own["image_size"]
-        return None if read_at == self.found["test_facts"]["height"] else read_at
+# By objective: the method, its tag, its paper
+_METHODS = {
+    "nt_xent": ("SimCLR (NT-Xent)", "simclr", "2002.05709"),
+    "barlow_twins": ("Barlow Twins", "barlow-twins", "2103.03230"),
+}
 
 
 def render(
@@ -62,7 +32,7 @@ def render(
     *,
     alone: TimmAlone | None,
     files: Sequence[str],
-    config: Mapping[str, Any],
+    about: Mapping[str, Any],
     license_id: str | None = None,
 ) -> str:
     """Return the card.
@@ -71,81 +41,46 @@ def render(
         pretrained: What is exported.
         alone: How timm builds it; None if it does not.
         files: Names of the files beside the card.
-        config: What config.json holds.
+        about: What config.json holds under "simclr".
         license_id: As the hub writes it.
     """
-    run = pretrained.path.parent
-    probes: list[Measured] = []
-    others: list[Measured] = []
-    for path, found in runlog.read_results(run):
-        probe = Measured(path.parent.name, found)
-        (probes if _is_of(probe, pretrained) else others).append(probe)
+    run, objective = pretrained.path.parent, pretrained.config.loss.name
+    method, tag, paper = _METHODS.get(objective, (f"the objective {objective}, of its own", None, None))
+    results = [(path.parent.name, found) for path, found in runlog.read_results(run)]
+    sha256 = combined_sha256(fingerprint(pretrained.model.encoder))
+    # One that trained the weights further has no SHA-256 of them: it is known by their step.
+    own = {name for name, found in results if found["encoder_sha256"] == sha256} | {
+        name
+        for name, found in results
+        if found["encoder_sha256"] is None and found["pretraining_step"] == pretrained.step
+    }
+    front_matter = ModelCardData(
+        license=license_id,
+        library_name="timm" if alone is not None and alone.call is not None else None,
+        pipeline_tag="image-feature-extraction",
+        tags=[
+            *(["timm"] if alone is not None else []),
+            *([tag, f"arxiv:{paper}"] if tag is not None else []),
+            "self-supervised-learning",
+            "contrastive-learning",
+        ],
+    )
     return templates.render(
         Path(__file__).with_name("model_card.jinja"),
         {},
         alone=alone,
         files=files,
-        about=config["simclr"],
+        about=about,
         pretrained=pretrained,
         config=pretrained.config,
         facts=pretrained.facts,
-        front_matter=_front_matter(pretrained, probes, alone, license_id).to_yaml(),
-        method=_METHODS.get(pretrained.config.loss.name, f"the objective {pretrained.config.loss.name}, of its own"),
-        paper=_PAPERS.get(pretrained.config.loss.name),
+        front_matter=front_matter.to_yaml(),
+        method=method,
+        paper=paper,
         parameters=sum(parameter.numel() for parameter in pretrained.model.encoder.parameters()),
-        probes=probes,
-        others=others,
+        probes=[found for name, found in results if name in own],
+        others=[name for name, _ in results if name not in own],
         manifest=runlog.read_manifest(run),
         describe=describe,
         view_stages=say_view_stages(pretrained.config.view_stages, pretrained.facts.height, pretrained.config.epochs),
     )
-
-
-def _is_of(probe: Measured, pretrained: Pretrained) -> bool:
-    """Whether an evaluation measured these weights: by their SHA-256; one that trained them further, by their step."""
-    sha256 = probe.found["encoder_sha256"]
-    if sha256 is None:
-        return bool(probe.found["pretraining_step"] == pretrained.step)
-    return bool(sha256 == combined_sha256(fingerprint(pretrained.model.encoder)))
-
-
-def _front_matter(
-    pretrained: Pretrained, probes: Sequence[Measured], alone: TimmAlone | None, license_id: str | None
-) -> ModelCardData:
-    """Return what the hub reads: tags, library, and the results of the test images."""
-    objective = pretrained.config.loss.name
-    builds_by_name = alone is not None and alone.call is not None
-    return ModelCardData(
-        license=license_id,
-        library_name="timm" if builds_by_name else None,
-        pipeline_tag="image-feature-extraction",
-        tags=[
-            *(["timm"] if alone is not None else []),
-            *([_TAGS[objective], f"arxiv:{_PAPERS[objective]}"] if objective in _PAPERS else []),
-            "self-supervised-learning",
-            "contrastive-learning",
-        ],
-        model_name=pretrained.config.name if probes else None,
-        eval_results=[result for probe in probes for result in _results(probe)] or None,
-    )
-
-
-def _results(probe: Measured) -> Iterator[EvalResult]:
-    """Yield test accuracies; the hub wants a name of the data set, and has an identifier for some."""
-    facts = probe.found["test_facts"]
-    source, split = facts["source"], facts["split"]
-    known = re.match(r"CIFAR-100?\b|STL-10\b", source)
-    identifier = known[0].lower().replace("-", "") if known else "imagefolder"
-    numbers = {f"kNN (k = {probe.found['config']['knn_neighbours']})": probe.own["knn_test"]}
-    if probe.own["classifier"] is not None:
-        numbers[probe.classifier] = probe.own["classifier"]["test"]
-    for name, value in numbers.items():
-        yield EvalResult(
-            task_type="image-classification",
-            dataset_type=identifier,
-            dataset_name=source,
-            dataset_split=split,
-            metric_type="accuracy",
-            metric_name=f"{name}, accuracy in %",
-            metric_value=round(value, 2),
-        )

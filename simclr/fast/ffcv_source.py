@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 import queue
-import signal
 import sys
 import threading
 import warnings
@@ -51,8 +50,7 @@ class FFCVSource(ImageSource):
         super().__init__(path, facts, device, f"{reason}; {checked}")
         self._process = os.getpid()
         self._file = path.open("rb")
-        self._as_opened, self._has_name = os.fstat(self._file.fileno()), True
-        _name_at_bus_error(path)
+        self._as_opened = os.fstat(self._file.fileno())
         # Compiled once: the code fits every batch size.
         self._loader = load_ffcv().make_loader(path, facts.encoding, workers)
         # Now, rather than with the first batch, when another file may have the name
@@ -76,14 +74,6 @@ class FFCVSource(ImageSource):
             raise beton.BetonError(
                 f"{self.path} was written to after it was opened ({before.st_size} bytes then, {now.st_size} now): "
                 "nothing was done with what has been read since. Put it back as it was, and start again"
-            )
-        if self._has_name and now.st_nlink == 0:
-            self._has_name = False
-            print(
-                f"{self.path} was deleted or replaced: the images that were opened are still there, and are read on. A "
-                "run that is started again needs them, too, and is refused with others",
-                file=sys.stderr,
-                flush=True,
             )
 
     def _read(self, slices: Iterator[NDArray[np.int64]]) -> Iterator[Batch]:
@@ -154,49 +144,6 @@ def _stop_all(producers: set[Any], process: int) -> None:
             while not producer.output_queue.empty():
                 producer.output_queue.get_nowait()
             producer.join(0.01)
-
-
-@functools.cache
-def _bus_error_message() -> tuple[ctypes.Array[ctypes.c_char], Any]:
-    """Return the buffer of what this process writes before a bus error ends it, and the code that writes it.
-
-    The kernel sends that signal where a page of a mapped file is read that the file has no more. No Python can run
-    there, so the handler is machine code: made by LLVM in 6 ms, where numba would take 460. It gives place to the
-    handler before, and the same instruction fails again.
-    """
-    from llvmlite import binding as llvm
-
-    message, set_handler = ctypes.create_string_buffer(4096), ctypes.CDLL(None).signal
-    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_size_t], ctypes.c_size_t
-    address, before = ctypes.addressof(message), set_handler(signal.SIGBUS, 0)
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(f"""
-        declare i64 @strlen(i64)
-        declare i64 @write(i32, i64, i64)
-        declare i64 @signal(i32, i64)
-        define void @handler(i32 %number) {{
-            %length = call i64 @strlen(i64 {address})
-            call i64 @write(i32 2, i64 {address}, i64 %length)
-            call i64 @signal(i32 %number, i64 {before})
-            ret void
-        }}
-    """)
-    code = llvm.create_mcjit_compiler(module, llvm.Target.from_default_triple().create_target_machine())
-    code.finalize_object()
-    set_handler(signal.SIGBUS, code.get_function_address("handler"))
-    return message, code
-
-
-def _name_at_bus_error(path: Path) -> None:
-    """Add a file to those that a bus error is likely to come from."""
-    message, _ = _bus_error_message()
-    named = message.value.decode() or (
-        "Bus error. Most likely a file was cut off or written anew while it was read; put it back as it was, and start "
-        "again:\n"
-    )
-    if f" {path}\n" not in named:
-        message.value = f"{named} {path}\n".encode()[: len(message) - 1]
 
 
 def ffcv_obstacle(encoding: str) -> str | None:

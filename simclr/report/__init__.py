@@ -17,7 +17,6 @@ from simclr.beton import Facts
 from simclr.config import ProbeConfig
 from simclr.evaluation import Candidate
 from simclr.report.figures import MOST_IN_LEGEND, MOST_NAMED_CLASSES, draw_all
-from simclr.report.fonts import lettering
 from simclr.report.health import duration_of, findings
 from simclr.report.page import require_pdf, write_page, write_pdf
 from simclr.report.pictures import Pictures, find_neighbours, make_map, view_pairs
@@ -64,15 +63,13 @@ def write_report(folder: Path, result: ProbeResult, pictures: Pictures, metrics:
     Returns:
         The HTML file. It holds its figures and refers to nothing outside itself.
     """
-    letters = lettering(result.test_facts.classes)
     write_json(folder / RESULT, to_plain(result))
     page = write_page(
         folder,
         NAME,
-        draw_all(result, letters, pictures, metrics),
+        draw_all(result, pictures, metrics),
         result=result,
         pictures=pictures,
-        letters=letters,
         health=findings(result, metrics),
         duration=duration_of(metrics),
         results=_results_table(result),

@@ -1,17 +1,16 @@
-"""Tables and figures of several runs, as Markdown and as one HTML file.
+"""A table and a figure of several runs, as Markdown and as one HTML file.
 
     python -m simclr.report.compare results/a-seed0 results/a-seed1 results/b-seed0 --output results/a-and-b
 
 Runs that differ in nothing but the seed are one row and one line, with their spread. What was measured on other images,
-or in another way, stands in a table of its own. All is read from manifest.json, metrics.jsonl and the probe.json files
-in the runs' folders; nothing is measured anew.
+or in another way, has another letter. All is read from manifest.json, metrics.jsonl and the probe.json files in the
+runs' folders; nothing is measured anew.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -25,8 +24,7 @@ from tyro.conf import Positional
 
 from simclr.beton import Facts
 from simclr.config import TrainConfig, from_values, settings_of
-from simclr.report.figures import Band, Drawing, Panel, draw, draw_bands, measured
-from simclr.report.fonts import lettering
+from simclr.report.figures import Band, draw, draw_bands, measured
 from simclr.report.health import duration_of
 from simclr.report.page import write_page
 from simclr.run import files, host, runlog
@@ -48,7 +46,7 @@ class CompareConfig:
     """Folders of pretraining runs."""
 
     output: Path
-    """The folder for compare.md, compare.html and the figures."""
+    """The folder for compare.md, compare.html and the figure."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +82,6 @@ class Record:
         left_out = FREE_TO_CHANGE | {"seed", "num_validation", "knn_every_epochs"}
         own = {key: value for key, value in settings_of(self.config).items() if key not in left_out}
         return {"data": self.facts.content_sha256} | own | ({} if self.is_whole else {"steps taken": self.steps})
-
-    @property
-    def validation(self) -> tuple[str, int]:
-        """What its validation accuracies were measured on."""
-        return self.facts.content_sha256, self.config.num_validation or 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,115 +142,103 @@ def compare(config: CompareConfig) -> Path:
     resolved = [folder.resolve() for folder in config.runs]
     if twice := sorted({str(folder) for folder in config.runs if resolved.count(folder.resolve()) > 1}):
         raise ValueError(f"{', '.join(twice)} is named twice; a run counts once")
-    records = [read_run(folder) for folder in config.runs]
-    recipes = recipes_of(records)
+    recipes = recipes_of([read_run(folder) for folder in config.runs])
+    rows = [row for recipe in recipes for row in rows_of(recipe)]
+    bands = [spread_of(recipe, look) for look, recipe in enumerate(recipes)]
+    title = "kNN accuracy, validation (%), by epoch"
+    drawings = {"knn-epochs": (title, lambda: draw_bands([band for band in bands if band.places], title, "epoch"))}
+    differences = differing([recipe.runs[0].settings for recipe in recipes])
     config.output.mkdir(parents=True, exist_ok=True)
-
-    sets = grouped(recipes, lambda recipe: recipe.runs[0].validation)
-    figures: dict[str, list[Panel]] = {}
-    pretraining = []
-    for number, ((_, num_validation), members) in enumerate(sets.items(), start=1):
-        letters = lettering([recipe.label for recipe in members])
-        figures[f"set-{number}"] = draw(curves(members, number, letters.names), letters.families)
-        facts = members[0].runs[0].facts
-        table = pretraining_table(members)
-        pretraining.append(
-            {"facts": facts, "num_validation": num_validation, "table": table, "figure": f"set-{number}"}
-        )
-
-    found = [(recipe, record, probe) for recipe in recipes for record in recipe.runs for probe in record.probes]
-    protocols = grouped(found, lambda entry: frozen(protocol_of(entry[2])))
-    evaluations = [
-        {"probe": entries[0][2], "table": evaluation_table(entries)}
-        for entries in protocols.values()  # in the order of the runs
-    ]
     write_page(
         config.output,
         NAME,
-        figures,
-        records=records,
-        recipes=recipes,
-        pretraining=pretraining,
-        evaluations=evaluations,
-        differences=differences_table(recipes),
-        protocol_differences=differing([protocol_of(entries[0][2]) for entries in protocols.values()]),
-        remarks=remarks(recipes),
-        runs=runs_table(records),
+        {"knn": draw(drawings if any(band.places for band in bands) else {})},
+        num_runs=len(config.runs),
+        table=table_of(rows),
+        remarks=remarks(rows),
+        recipes=[
+            f"**{recipe.label}** ({', '.join(f'`{run.folder}`' for run in recipe.runs)})"
+            + "".join(f", {name} {values[i]}" for name, values in differences.items())
+            for i, recipe in enumerate(recipes)
+        ],
     )
     return config.output / f"{NAME}.html"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tables
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A recipe, as it was evaluated in one way."""
+
+    recipe: Recipe
+    probes: tuple[Mapping[str, Any], ...]
+    """The evaluations; none if there are none of the recipe."""
+
+    @property
+    def images(self) -> str:
+        """What the validation accuracies were measured on."""
+        run = self.recipe.runs[0]
+        return frozen([run.facts.content_sha256, run.config.num_validation])
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What the evaluations' numbers depend on besides the encoder."""
+        return protocol_of(self.probes[0])
 
 
-def pretraining_table(recipes: Sequence[Recipe]) -> list[list[str]]:
-    """Return what pretraining measured itself, the highest last validation accuracy first; a header first."""
-    rows = []
-    for recipe in recipes:
-        accuracies = [measured(run.metrics, "knn", "knn_accuracy")[1] for run in recipe.runs]
-        last = [values[-1] for values in accuracies if values]
-        speeds = [measured(run.metrics, "step", "images_per_second")[1] for run in recipe.runs]
-        medians = [statistics.median(values) for values in speeds if values]
-        rows.append(
-            (
-                statistics.fmean(last) if last else -math.inf,
-                [
-                    recipe.label,
-                    seeds_of(recipe.runs),
-                    f"{recipe.runs[0].steps:,}",
-                    say_times(recipe.runs),
-                    f"{statistics.fmean(medians):,.0f}" if medians else "–",
-                    say_spread([max(values) for values in accuracies if values]),
-                    say_spread(last),
-                ],
-            )
+def rows_of(recipe: Recipe) -> list[Row]:
+    """Return a row for each way in which a recipe's runs were evaluated, or one without evaluations."""
+    probes = [probe for run in recipe.runs for probe in run.probes]
+    ways = grouped(probes, lambda probe: frozen(protocol_of(probe))).values()
+    return [Row(recipe, tuple(entries)) for entries in ways] or [Row(recipe, ())]
+
+
+def table_of(rows: Sequence[Row]) -> list[list[str]]:
+    """Return what was measured, by letter where numbers do not compare, then the highest first; a header first."""
+    of_images = letters_of([row.images for row in rows])
+    of_ways = letters_of([frozen(row.way) for row in rows if row.probes])
+    found = []
+    for row in rows:
+        runs = row.recipe.runs
+        seconds = [time for run in runs if (time := duration_of(run.metrics)) is not None]
+        last = [values[-1] for run in runs if (values := measured(run.metrics, "knn", "knn_accuracy")[1])]
+        knn = [float(probe["rows"][-1]["knn_test"]) for probe in row.probes]
+        tested = [float(probe["test_accuracy"]) for probe in row.probes]
+        images, way = of_images[row.images], of_ways[frozen(row.way)] if row.probes else ""
+        cells = [
+            row.recipe.label,
+            ", ".join(str(run.config.seed) for run in runs),
+            f"{runs[0].steps:,}",
+            say_duration(statistics.fmean(seconds)) if seconds else "–",
+            say_spread(last, images),
+            row.probes[0]["config"]["mode"] if row.probes else "–",
+            say_spread(knn, way),
+            say_spread(tested, way),
+        ]
+        highest_first = [-statistics.fmean(values) if values else 0.0 for values in (tested, last)]
+        found.append(((not row.probes, way, images, highest_first), cells))
+    header = ["run", "seeds", "steps", "time", "kNN val.", "evaluation", "kNN test", "test"]
+    return [header, *(cells for _, cells in sorted(found, key=lambda entry: entry[0]))]
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader has to know before comparing."""
+    found = []
+    if len({row.images for row in rows}) > 1:
+        found.append("**Not one ranking:** kNN val. of another letter is of other images, and does not compare.")
+    if ways := differing([row.way for row in rows if row.probes]):
+        found.append(
+            "**Not one ranking:** tests of another letter were made in another way, and do not compare; the ways "
+            f"differ in {', '.join(ways)}."
         )
-    header = ["run", "seeds", "steps", "time", "images/s", "kNN val., best", "kNN val., last"]
-    return [header, *(row for _, row in sorted(rows, key=lambda entry: -entry[0]))]
+    if len(hardware := sorted({run.hardware for row in rows for run in row.recipe.runs})) > 1:
+        found.append(f"Times are of different hardware, and do not compare: {'; '.join(hardware)}.")
+    return found
 
 
-def evaluation_table(entries: Sequence[tuple[Recipe, Record, Mapping[str, Any]]]) -> list[list[str]]:
-    """Return test accuracies measured in one way, the highest first; a header first."""
-    kind = "linear" if entries[0][2]["config"]["mode"] == "linear" else "fine-tuned"
-    rows = []
-    for recipe, members in grouped(entries, lambda entry: entry[0]).items():
-        probes = [probe for _, _, probe in members]
-        tested = [float(probe["test_accuracy"]) for probe in probes]
-        runs = [record for _, record, _ in members]
-        knn = [float(probe["rows"][-1]["knn_test"]) for probe in probes]
-        cells = [recipe.label, seeds_of(runs), say_times(runs), say_spread(knn), say_spread(tested)]
-        rows.append((statistics.fmean(tested), cells))
-    header = ["run", "seeds", "time of pretraining", "kNN test", f"{kind} test"]
-    return [header, *(row for _, row in sorted(rows, key=lambda entry: -entry[0]))]
-
-
-def differences_table(recipes: Sequence[Recipe]) -> list[list[str]]:
-    """Return the settings in which the recipes differ; a header first, and nothing else if there are none."""
-    settings = [recipe.runs[0].settings for recipe in recipes]
-    header = ["setting", *(recipe.label for recipe in recipes)]
-    return [header, *([key, *values] for key, values in differing(settings).items())]
-
-
-def runs_table(records: Sequence[Record]) -> list[list[str]]:
-    """Return each run with where it lies and what it ran on; a header first."""
-    header = ["folder", "name", "seed", "steps", "time", "hardware", "commit", "begun"]
-    rows = []
-    for record in records:
-        environment, first = record.manifest["environment"], (record.manifest.get("sessions") or [record.manifest])[0]
-        rows.append(
-            [
-                f"`{record.folder}`",
-                record.config.name,
-                str(record.config.seed),
-                f"{record.steps:,} of {record.manifest['derived']['total_steps']:,}",
-                say_times([record]),
-                record.hardware,
-                f"`{environment.get('commit', '–')[:12]}`",
-                first.get("environment", {}).get("date", "–")[:10],
-            ]
-        )
-    return [header, *rows]
+def letters_of(keys: Sequence[str]) -> dict[str, str]:
+    """Return " (a)", " (b)" and so on for the different keys; "" if there is only one."""
+    different = list(dict.fromkeys(keys))
+    return {key: f" ({_letters(i)})" if len(different) > 1 else "" for i, key in enumerate(different)}
 
 
 def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -266,110 +247,36 @@ def differing(values: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {
         name: [_shown(entry.get(name)) for entry in values]
         for name in names
-        if len({frozen({"": entry.get(name)}) for entry in values}) > 1
+        if len({frozen(entry.get(name)) for entry in values}) > 1
     }
 
 
-def remarks(recipes: Sequence[Recipe]) -> list[str]:
-    """Return what a reader has to know before comparing."""
-    found = []
-    hardware = sorted({run.hardware for recipe in recipes for run in recipe.runs})
-    if len(hardware) > 1:
-        found.append(f"Times are of different hardware, and do not compare: {'; '.join(hardware)}.")
-    for recipe in recipes:
-        seeds = [run.config.seed for run in recipe.runs]
-        if len(set(seeds)) < len(seeds):
-            found.append(f"{recipe.label} has several runs of one seed, so its spread is not one over seeds.")
-    few = [recipe.label for recipe in recipes if len(recipe.runs) == 1]
-    if few:
-        found.append(f"One seed only, so that nothing is known of the spread: {', '.join(few)}.")
-    missing = [str(run.folder) for recipe in recipes for run in recipe.runs if not run.probes]
-    if missing:
-        found.append(f"Not evaluated yet (python linear_probe.py --run FOLDER): {', '.join(missing)}.")
-    return found
-
-
-def seeds_of(runs: Sequence[Record]) -> str:
-    """Return the seeds in words."""
-    return ", ".join(str(run.config.seed) for run in runs)
-
-
-def say_spread(values: Sequence[float]) -> str:
+def say_spread(values: Sequence[float], letter: str = "") -> str:
     """Return the mean, and the sample's standard deviation where there are several."""
     if not values:
         return "–"
     mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return (f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean) + letter
 
 
-def say_times(runs: Sequence[Record]) -> str:
-    """Return the mean time of pretraining."""
-    seconds = [time for run in runs if (time := duration_of(run.metrics)) is not None]
-    return say_duration(statistics.fmean(seconds)) if seconds else "–"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def curves(recipes: Sequence[Recipe], number: int, names: Sequence[str]) -> dict[str, Drawing]:
-    """Return panels: validation accuracy against epochs and seconds, and each kind of loss against epochs.
+def spread_of(recipe: Recipe, look: int) -> Band:
+    """Return a recipe's validation accuracy: mean, least and largest at the steps that all its runs measured.
 
     Args:
-        recipes: Measured on the same validation images.
-        number: Of this set of recipes, for the files' names.
-        names: Of the recipes, as figures write them.
-    """
-    everyone = list(range(len(recipes)))
-    accuracy = "kNN accuracy, validation (%)"
-    wanted = [  # file, title, kind of lines, what, against what, which recipes
-        (f"knn-epochs-{number}", f"{accuracy}, by epoch", "knn", "knn_accuracy", "epoch", everyone),
-        (f"knn-seconds-{number}", f"{accuracy}, by seconds", "knn", "knn_accuracy", "seconds", everyone),
-    ]
-    losses = grouped(everyone, lambda i: _kind_of_loss(recipes[i].runs[0].config))
-    for k, (loss, which) in enumerate(losses.items(), start=1):
-        wanted.append((f"loss-{number}-{k}", f"Loss: {loss}", "step", "loss", "epoch", which))
-    drawings: dict[str, Drawing] = {}
-    for file, title, kind, key, against, which in wanted:
-        bands = [spread_of(recipes[i].runs, kind, key, against, names[i], i) for i in which]
-        if shown := [band for band in bands if band.places]:
-            drawings[file] = (title, functools.partial(draw_bands, shown, title, against))
-    return drawings
-
-
-def spread_of(runs: Sequence[Record], kind: str, key: str, against: str, name: str = "", look: int = 0) -> Band:
-    """Return a quantity's mean, least and largest value over runs, at the steps that all of them measured.
-
-    Args:
-        runs: Of one recipe.
-        kind: Of the lines of metrics.
-        key: The quantity.
-        against: "epoch" or "seconds", of which the mean over the runs is taken.
-        name: Of the recipe.
+        recipe: The runs.
         look: Number of its colour and stroke.
     """
     by_step = [
-        {line["step"]: line for line in run.metrics if line["kind"] == kind and line.get(key) is not None}
-        for run in runs
+        {line["step"]: line for line in run.metrics if line["kind"] == "knn" and line.get("knn_accuracy") is not None}
+        for run in recipe.runs
     ]
     steps = sorted(set.intersection(*(set(lines) for lines in by_step)))
-    places, values = (
-        np.array([[lines[step][what] for step in steps] for lines in by_step], dtype=float) for what in (against, key)
+    epochs, values = (
+        np.array([[lines[step][what] for step in steps] for lines in by_step], dtype=float)
+        for what in ("epoch", "knn_accuracy")
     )
-    return Band(
-        name, look, *(array.tolist() for array in (places.mean(0), values.mean(0), values.min(0), values.max(0)))
-    )
-
-
-def _kind_of_loss(config: TrainConfig) -> str:
-    """Return what makes two losses comparable: the objective with its settings, and what it grows with."""
-    is_barlow = config.loss.name == "barlow_twins"
-    grows_with = f"width {config.model.projection_dim}" if is_barlow else f"batch {config.global_batch_size}"
-    return f"{config.loss.describe()}, {grows_with}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Parts
+    numbers = (array.tolist() for array in (epochs.mean(0), values.mean(0), values.min(0), values.max(0)))
+    return Band(recipe.label, look, *numbers)
 
 
 def grouped(entries: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -380,7 +287,7 @@ def grouped(entries: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-def frozen(values: Mapping[str, Any]) -> str:
+def frozen(values: Any) -> str:
     """Return settings as a key."""
     return json.dumps(values, sort_keys=True)
 

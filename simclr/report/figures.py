@@ -1,4 +1,4 @@
-"""The figures of an evaluation, drawn for light and for dark pages. The only user of matplotlib, with ``fonts``.
+"""The figures of an evaluation, on white, which is read on dark pages too. The only user of matplotlib.
 
 Each figure is one or several panels of the same width: beside each other on a wide page, below each other on a narrow
 one, so that their text is read on both.
@@ -6,15 +6,17 @@ one, so that their text is read on both.
 
 from __future__ import annotations
 
-import functools
 import io
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -22,7 +24,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from simclr.evaluation import Curve
-from simclr.report.fonts import Lettering, width_of
 from simclr.report.pictures import Map, Neighbours, Pictures, ViewPairs
 from simclr.report.results import ProbeResult
 
@@ -31,25 +32,12 @@ MOST_NAMED_CLASSES = 20  # beyond this a cell of the confusion matrix is too sma
 MOST_IN_LEGEND = 100
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours for a page. Okabe and Ito's, distinguishable with any colour vision, in two brightnesses."""
-
-    page: str
-    text: str
-    muted: str
-    grid: str
-    blue: str
-    orange: str
-    green: str
-
-    def colour_of(self, split: str) -> str:
-        """Return the colour of train, validation or test."""
-        return {"train": self.blue, "validation": self.green, "test": self.orange}[split]
-
-
-LIGHT = Theme("#ffffff", "#1a1a1a", "#555555", "#e3e3e3", "#0072B2", "#D55E00", "#009E73")
-DARK = Theme("#15181c", "#e6e6e6", "#a8a8a8", "#3a3f45", "#56B4E9", "#F0883E", "#2CC295")
+TEXT, MUTED, GRID = "#1a1a1a", "#555555", "#e3e3e3"
+# Okabe and Ito's colours, distinguishable with any colour vision
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+COLOUR_OF = {"train": BLUE, "validation": GREEN, "test": ORANGE}
+OTHER_SCRIPTS = ("Noto Sans", "Arial Unicode", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "Nirmala UI")
+"""How families are called that have the characters of class names which DejaVu Sans lacks."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +48,20 @@ class Panel:
     """Of the file, without its ending."""
     title: str
     """What it shows, for those who do not see it."""
-    light: bytes
-    dark: bytes
+    png: bytes
 
 
-# Title, and what draws it for a theme
-Drawing = tuple[str, Callable[[Theme], Figure]]
+# By the file's name: the title, and what draws it
+Drawings = dict[str, tuple[str, Callable[[], Figure]]]
 
 
-def style_of(theme: Theme, families: Sequence[str]) -> dict[str, Any]:
-    """Return matplotlib's settings for a theme."""
+def style() -> dict[str, Any]:
+    """Return matplotlib's settings."""
     return {
-        "font.family": list(families),
+        "font.family": [
+            "DejaVu Sans",
+            *(n for n in sorted(font_manager.get_font_names()) if n.startswith(OTHER_SCRIPTS)),
+        ],
         "font.size": 10,
         "text.parse_math": False,  # class names may hold dollar signs
         "axes.titlesize": 11,
@@ -82,72 +72,70 @@ def style_of(theme: Theme, families: Sequence[str]) -> dict[str, Any]:
         "axes.grid.axis": "y",
         "grid.linewidth": 0.8,
         "axes.axisbelow": True,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
         "lines.linewidth": 1.8,
         "savefig.dpi": 160,
-        "figure.facecolor": theme.page,
-        "axes.facecolor": theme.page,
-        "grid.color": theme.grid,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.text),
-        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
+        "grid.color": GRID,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), TEXT),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
     }
 
 
-def draw(drawings: Mapping[str, Drawing], families: Sequence[str]) -> list[Panel]:
-    """Draw panels, by name, for both kinds of page."""
+def draw(drawings: Drawings) -> list[Panel]:
+    """Draw panels, by name."""
 
-    def png(make: Callable[[Theme], Figure], theme: Theme) -> bytes:
-        with matplotlib.rc_context(style_of(theme, families)):  # type: ignore[arg-type, unused-ignore]
-            file = io.BytesIO()
-            make(theme).savefig(file, format="png", metadata={"Software": None})
-            return file.getvalue()
+    def png(make: Callable[[], Figure]) -> bytes:
+        file = io.BytesIO()
+        make().savefig(file, format="png", metadata={"Software": None})
+        return file.getvalue()
 
-    return [Panel(name, title, png(make, LIGHT), png(make, DARK)) for name, (title, make) in drawings.items()]
+    with matplotlib.rc_context(style()):  # type: ignore[arg-type, unused-ignore]
+        return [Panel(name, title, png(make)) for name, (title, make) in drawings.items()]
 
 
-def draw_all(
-    result: ProbeResult, letters: Lettering, pictures: Pictures, metrics: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Panel]]:
+def draw_all(result: ProbeResult, pictures: Pictures, metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[Panel]]:
     """Draw what a report shows, by figure. Without metrics there is no "pretraining", without a map no "map"."""
-    drawings: dict[str, dict[str, Drawing]] = {
+    names = result.test_facts.classes
+    drawings = {
         "curves": curves_drawings(result.curves),
-        "confusion": confusion_drawings(result.confusion, letters.names),
+        "confusion": confusion_drawings(result.confusion, names),
         "pairs": pairs_drawings(pictures.pairs),
-        "neighbours": neighbours_drawings(pictures.neighbours, letters.names),
+        "neighbours": neighbours_drawings(pictures.neighbours, names),
     }
     if metrics:
         drawings["pretraining"] = pretraining_drawings(metrics, result.pretraining.loss.name)
     if (points := pictures.map) is not None:
-        drawings["map"] = {"map": ("Map of test images", lambda theme: draw_map(points, letters.names, theme))}
-    return {name: draw(panels, letters.families) for name, panels in drawings.items()}
+        drawings["map"] = {"map": ("Map of test images", lambda: draw_map(points, names))}
+    return {name: draw(panels) for name, panels in drawings.items()}
 
 
-def curves_drawings(curves: Mapping[str, Curve]) -> dict[str, Drawing]:
+def curves_drawings(curves: Mapping[str, Curve]) -> Drawings:
     """Return loss and accuracy of each split against epochs."""
 
-    def panel(theme: Theme, quantity: str, title: str, ending: str) -> Figure:
+    def panel(quantity: str, title: str, ending: str) -> Figure:
         figure, axes = panel_figure(title)
-        ends = []
         for name, curve in curves.items():
             values = getattr(curve, quantity)[:, 0]
-            colour, style = theme.colour_of(name), "--" if name == "validation" else "-"
-            axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o" if len(values) == 1 else "")
-            ends.append((float(values[-1]), ending.format(name, values[-1]), colour))
+            colour, stroke = COLOUR_OF[name], "--" if name == "validation" else "-"
+            marker, label = "o" if len(values) == 1 else "", ending.format(name, values[-1])
+            axes.plot(range(1, len(values) + 1), values, stroke, color=colour, marker=marker, label=label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        label_ends(axes, ends)
+        axes.legend()
         return figure
 
     loss, accuracy = "Cross-entropy (nats)", "Accuracy (%)"
     return {
-        "curves-loss": (loss, lambda theme: panel(theme, "loss", loss, "{} {:.3f}")),
-        "curves-accuracy": (accuracy, lambda theme: panel(theme, "accuracy", accuracy, "{} {:.2f}")),
+        "curves-loss": (loss, lambda: panel("loss", loss, "{} {:.3f}")),
+        "curves-accuracy": (accuracy, lambda: panel("accuracy", accuracy, "{} {:.2f}")),
     }
 
 
 _COLLAPSE = {"positive_similarity": "similarity of views", "projection_spread": "spread"}
 
 
-def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -> dict[str, Drawing]:
+def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -> Drawings:
     """Return what pretraining measured against epochs: as much of it as the lines have."""
     loss = f"{loss_name} loss{' (nats)' if loss_name == 'nt_xent' else ''}"
     shown = [
@@ -159,27 +147,27 @@ def pretraining_drawings(metrics: Sequence[Mapping[str, Any]], loss_name: str) -
         ("rate", "Learning rate", "step", {"learning_rate": ""}),
     ]
 
-    def panel(theme: Theme, title: str, kind: str, series: Mapping[str, str]) -> Figure:
+    def panel(title: str, kind: str, series: Mapping[str, str]) -> Figure:
         figure, axes = panel_figure(title)
-        ends = []
-        for (key, label), colour in zip(series.items(), (theme.blue, theme.orange), strict=False):
+        for (key, label), colour in zip(series.items(), (BLUE, ORANGE), strict=False):
             epochs, values = measured(metrics, kind, key)
-            axes.plot(epochs, values, color=colour, marker="o" if len(values) < 30 else "", markersize=4)
-            last = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.2f}"
-            if key != "learning_rate":
-                ends.append((values[-1], f"{label} {last}".strip(), colour))
+            last = f"{values[-1]:,.0f}" if values[-1] >= 100 else f"{values[-1]:.3g}"
+            marker = "o" if len(values) < 30 else ""
+            axes.plot(
+                epochs, values, color=colour, marker=marker, markersize=4, label=f"{label or 'at the end'} {last}"
+            )
         if kind == "step" and "images_per_second" in series:
             axes.set_ylim(bottom=0)
-        label_ends(axes, ends)
+        axes.legend()
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=epochs[-1] >= 3))
         return figure
 
-    drawings: dict[str, Drawing] = {}
+    drawings: Drawings = {}
     for name, title, kind, wanted in shown:
         series = {key: label for key, label in wanted.items() if measured(metrics, kind, key)[1]}
         if series:
-            drawn = functools.partial(panel, title=title, kind=kind, series=series)
+            drawn = partial(panel, title=title, kind=kind, series=series)
             drawings[f"pretraining-{name}"] = title, drawn
     return drawings
 
@@ -190,42 +178,42 @@ def measured(metrics: Sequence[Mapping[str, Any]], kind: str, key: str) -> tuple
     return [line["epoch"] for line in lines], [line[key] for line in lines]
 
 
-def pairs_drawings(pairs: ViewPairs) -> dict[str, Drawing]:
+def pairs_drawings(pairs: ViewPairs) -> Drawings:
     """Return images as stored (top row) and the two views that pretraining makes of each; four to a panel."""
     rows = {"stored": pairs.stored, "view 1": pairs.view_1, "view 2": pairs.view_2}
 
-    def panel(theme: Theme, start: int) -> Figure:
+    def panel(start: int) -> Figure:
         four = slice(start, start + 4)
         tiles = [[Tile(image) for image in images[four]] for images in rows.values()]
         for tile, name in zip(tiles[0], pairs.names[four], strict=False):  # no names of unlabelled images
             tile.title = name
-        return draw_tiles(tiles, 4, theme, list(rows))
+        return draw_tiles(tiles, 4, list(rows))
 
     title = "Images, and two views of each"
     starts = range(0, len(pairs.stored), 4)
-    return {f"pairs-{start // 4 + 1}": (title, functools.partial(panel, start=start)) for start in starts}
+    return {f"pairs-{start // 4 + 1}": (title, partial(panel, start=start)) for start in starts}
 
 
-def neighbours_drawings(found: Neighbours, names: Sequence[str]) -> dict[str, Drawing]:
+def neighbours_drawings(found: Neighbours, names: Sequence[str]) -> Drawings:
     """Return test images (left) with the training images nearest to them; four to a panel."""
 
-    def row(theme: Theme, i: int) -> list[Tile]:
+    def row(i: int) -> list[Tile]:
         own = found.query_label[i]
-        tiles = [Tile(found.query[i], names[own], theme.text)]
+        tiles = [Tile(found.query[i], names[own], TEXT)]
         for image, label in zip(found.neighbour[i], found.neighbour_label[i], strict=True):
             if label == own:
-                tiles.append(Tile(image, "✓", theme.green, is_framed=True))
+                tiles.append(Tile(image, "✓", GREEN, is_framed=True))
             else:
-                tiles.append(Tile(image, f"✗ {names[label]}", theme.orange, is_framed=True))
+                tiles.append(Tile(image, f"✗ {names[label]}", ORANGE, is_framed=True))
         return tiles
 
-    def panel(theme: Theme, start: int) -> Figure:
-        rows = [row(theme, i) for i in range(start, min(start + 4, len(found.query)))]
-        return draw_tiles(rows, 1 + found.neighbour.shape[1], theme)
+    def panel(start: int) -> Figure:
+        rows = [row(i) for i in range(start, min(start + 4, len(found.query)))]
+        return draw_tiles(rows, 1 + found.neighbour.shape[1])
 
     title = "Test images, and their nearest training images"
     starts = range(0, len(found.query), 4)
-    return {f"neighbours-{start // 4 + 1}": (title, functools.partial(panel, start=start)) for start in starts}
+    return {f"neighbours-{start // 4 + 1}": (title, partial(panel, start=start)) for start in starts}
 
 
 @dataclass
@@ -239,7 +227,7 @@ class Tile:
     is_framed: bool = False
 
 
-def draw_tiles(rows: Sequence[Sequence[Tile]], columns: int, theme: Theme, labels: Sequence[str] = ()) -> Figure:
+def draw_tiles(rows: Sequence[Sequence[Tile]], columns: int, labels: Sequence[str] = ()) -> Figure:
     """Return images in rows of so many columns, titles above them, and labels of the rows at the left.
 
     All are drawn in the same axes, whose units are inches: matplotlib takes 20 ms for each axes.
@@ -256,7 +244,7 @@ def draw_tiles(rows: Sequence[Sequence[Tile]], columns: int, theme: Theme, label
         if labels:
             axes.text(left / 2, bottom - side / 2, labels[number], rotation=90, ha="center", va="center")
         for column, tile in enumerate(row):
-            x, colour = left + gap / 2 + column * (side + gap), tile.colour or theme.muted
+            x, colour = left + gap / 2 + column * (side + gap), tile.colour or MUTED
             height, width = (side * length / max(tile.image.shape[:2]) for length in tile.image.shape[:2])
             axes.imshow(tile.image, interpolation="nearest", extent=(x, x + width, bottom, bottom - height))
             if tile.is_framed:
@@ -274,7 +262,7 @@ _MARKERS = "os^DvPX*<>"
 _TEN_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined, unused-ignore]
 
 
-def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
+def draw_map(points: Map, names: Sequence[str]) -> Figure:
     """Return points coloured by class, ten colours times ten markers, with a legend of up to 100 classes below."""
     c = len(names)
     has_legend = c <= MOST_IN_LEGEND
@@ -295,13 +283,12 @@ def draw_map(points: Map, names: Sequence[str], theme: Theme) -> Figure:
             label=legend_text(names[k], longest),
         )
     bare(axes)
-    axes.spines[:].set(visible=True, color=theme.grid)
+    axes.spines[:].set(visible=True, color=GRID)
     if has_legend:
         figure.legend(
             loc="outside lower left",
             ncols=columns,
             fontsize=8,
-            frameon=False,
             markerscale=1.6,
             handletextpad=0.1,
             columnspacing=0.8,
@@ -324,10 +311,10 @@ class Band:
     largest: Sequence[float]
 
 
-def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) -> Figure:
+def draw_bands(bands: Sequence[Band], title: str, against: str) -> Figure:
     """Return lines with their ranges, and a legend below."""
     figure, axes = panel_figure(title, 3.0 + 0.2 * len(bands))
-    colours = [theme.blue, theme.orange, theme.green, "#CC79A7", "#E69F00", "#8888DD"]
+    colours = [BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#8888DD"]
     looks = [(colour, stroke) for stroke in ("-", "--", ":", "-.") for colour in colours]
     for band in bands:
         colour, stroke = looks[band.look % len(looks)]
@@ -339,28 +326,27 @@ def draw_bands(bands: Sequence[Band], title: str, against: str, theme: Theme) ->
             axes.fill_between(band.places, band.least, band.largest, color=colour, alpha=0.25, linewidth=0)
     axes.set_xlabel(against)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9, borderpad=0)
+    figure.legend(loc="outside lower left", borderpad=0)
     return figure
 
 
-def confusion_drawings(confusion: NDArray[np.int64], names: Sequence[str]) -> dict[str, Drawing]:
+def confusion_drawings(confusion: NDArray[np.int64], names: Sequence[str]) -> Drawings:
     """Return the confusion matrix, each row in percent of its true class, and up to 20 classes' accuracies."""
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    drawings: dict[str, Drawing] = {
-        "confusion": ("Confusion matrix", lambda theme: draw_confusion(percent, names, theme)),
+    drawings: Drawings = {
+        "confusion": ("Confusion matrix", lambda: draw_confusion(percent, names)),
     }
     if len(names) <= MOST_NAMED_CLASSES:
-        drawings["classes"] = ("Accuracy of each class", lambda theme: draw_recall(np.diag(percent), names, theme))
+        drawings["classes"] = ("Accuracy of each class", lambda: draw_recall(np.diag(percent), names))
     return drawings
 
 
-def draw_confusion(percent: NDArray[np.float64], names: Sequence[str], theme: Theme) -> Figure:
+def draw_confusion(percent: NDArray[np.float64], names: Sequence[str]) -> Figure:
     """Return the confusion matrix in percent; with names and numbers up to 20 classes."""
     c = len(names)
     figure = Figure(figsize=(PANEL_WIDTH, PANEL_WIDTH), layout="constrained")
     axes = figure.subplots()
-    is_dark = theme is DARK
-    axes.imshow(percent, cmap="Blues_r" if is_dark else "Blues", vmin=0, vmax=100, aspect="equal")
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="equal")
     axes.grid(visible=False)
     axes.set(title="Confusion (% of the true class)", xlabel="predicted", ylabel="true")
     axes.tick_params(length=0)
@@ -374,17 +360,17 @@ def draw_confusion(percent: NDArray[np.float64], names: Sequence[str], theme: Th
     for i, j in np.ndindex(c, c):
         value = float(percent[i, j])
         if round(value) >= 1:
-            colour = "white" if (value > 55) != is_dark else "black"
+            colour = "white" if value > 55 else "black"
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=font, color=colour)
     return figure
 
 
-def draw_recall(recall: NDArray[np.float64], names: Sequence[str], theme: Theme) -> Figure:
+def draw_recall(recall: NDArray[np.float64], names: Sequence[str]) -> Figure:
     """Return the accuracy of each class as bars."""
     c = len(names)
     figure = Figure(figsize=(PANEL_WIDTH, max(1.6, min(PANEL_WIDTH, 0.8 + 0.36 * c))), layout="constrained")
     axes = figure.subplots()
-    axes.barh(range(c), recall, color=theme.blue, height=0.7)
+    axes.barh(range(c), recall, color=BLUE, height=0.7)
     axes.set(title="Accuracy of each class (%)", xlim=(0, 112), xticks=[0, 50, 100])
     axes.grid(visible=False, axis="y")
     font = 9 if c <= 12 else 8
@@ -415,29 +401,6 @@ def bare(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write a label (height, text, colour) at the right end of each line, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.085 * (high - low)
-    finite = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
-    places: list[float] = []
-    for value, _, _ in finite:
-        places.append(max(value, places[-1] + gap) if places else value)
-    excess = sum(place - value for place, (value, _, _) in zip(places, finite, strict=True)) / max(1, len(finite))
-    for place, (_, text, colour) in zip(places, finite, strict=True):
-        axes.annotate(
-            text,
-            xy=(1.0, place - excess),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=9,
-            annotation_clip=False,
-        )
-
-
 def legend_text(text: str, longest: int) -> str:
     """Return a text for a legend; matplotlib passes over those that begin with an underscore."""
     return f" {shortened(text, longest)}" if text.startswith("_") else shortened(text, longest)
@@ -451,3 +414,8 @@ def shortened(text: str, longest: int) -> str:
     while width_of(kept) > longest - 1:
         kept = kept[:-1]
     return kept + "…"
+
+
+def width_of(text: str) -> int:
+    """Return how many columns a text takes: two for each wide character, such as a Chinese one."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -32,7 +32,7 @@ def write_page(folder: Path, name: str, figures: Mapping[str, Sequence[Panel]], 
         The HTML page.
     """
     for panel in (panel for panels in figures.values() for panel in panels):
-        files.replace(folder / f"{panel.name}.png", panel.light)
+        files.replace(folder / f"{panel.name}.png", panel.png)
     template = Path(__file__).with_name(f"{name}.jinja")
     for ending, markup in (("md", "markdown.jinja"), ("html", "html.jinja")):
         text = templates.render(template, _FILTERS, markup=markup, figures=figures, **values).strip() + "\n"

@@ -102,21 +102,11 @@ def replace(path: PathLike, content: bytes | str, *, durable: bool = False) -> N
 def atomic_folder(path: PathLike) -> Iterator[Path]:
     """Make a new folder that takes the name ``path`` at the end of the ``with`` block, unless that raises.
 
-    Until then what lies at ``path`` stays as it was; then it is gone. Between the two is one instant without either, as
-    systems cannot exchange folders. What programs killed at the same work left behind is removed.
-
-    Args:
-        path: Where to. The folder above must exist.
-
-    Yields:
-        The new folder, to be filled with files.
-
-    Raises:
-        OSError: If it cannot be written.
+    Until then what lies at ``path`` stays as it was; then it goes. What programs killed at the same work left behind is
+    removed. The folder above must exist.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    replaced = temporary.with_suffix(".old.tmp")
     try:
         for left_behind in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(left_behind)
@@ -127,17 +117,11 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
                 os.fsync(file.fileno())
         sync_folder(temporary)
         if path.exists():
-            path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
+            shutil.rmtree(path)
+        temporary.rename(path)
         sync_folder(path.parent)
     finally:
-        for gone in (temporary, replaced):
-            shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(file: IO[bytes] | IO[str]) -> None:
@@ -158,18 +142,10 @@ def sync_folder(folder: PathLike) -> None:
 
 
 def lock(file: IO[bytes] | IO[str], *, shared: bool = False) -> bool:
-    """Lock an open file (flock) until it is closed or the process ends, however it ends.
+    """Lock an open file (flock) until it is closed or the process ends, however it ends; ``shared``: beside others.
 
-    Args:
-        file: The file.
-        shared: Whether others may hold a shared lock at the same time.
-
-    Returns:
-        True; False on Windows, which has no such locks.
-
-    Raises:
-        BlockingIOError: If another process holds it.
-        OSError: If the file system has no locks.
+    Returns True, or False on Windows, which has no such locks. Raises BlockingIOError if another process holds it, and
+    OSError if the file system has no locks.
     """
     if sys.platform == "win32":
         return False

@@ -235,14 +235,16 @@ def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: Image
             f"{train.facts.content_sha256[:12]}..., that one's {pretrained.facts.content_sha256[:12]}.... "
             "If it is to be measured on nevertheless, name it with --train"
         )
-    train_images, test_images = beton.image_digests(train.path), beton.image_digests(test.path)
-    notes = _compare_test_with_training(train, test, train_images, test_images)
+    notes = _compare_test_with_training(train, test)
     if config.label_fraction < 1 and pretrained.path.name == BEST and pretrained.knn_accuracy is not None:
         notes.append(
             f"Few labels are used here, but this checkpoint was chosen by kNN accuracy with all labels; {LAST} was not."
         )
     if not is_pretraining_file:
-        notes += _compare_with_pretraining(pretrained, train.facts, train_images, test_images)
+        notes.append(
+            f"Measured on another file than pretrained on ({train.facts.source!r}; pretraining: "
+            f"{pretrained.facts.source!r}), normalised with pretraining's channel means and deviations."
+        )
     return notes
 
 
@@ -265,16 +267,14 @@ def _require_measurable(source: ImageSource, before: Facts, option: str, *, all_
         )
 
 
-def _compare_test_with_training(
-    train: ImageSource, test: ImageSource, train_images: list[bytes], test_images: list[bytes]
-) -> list[str]:
+def _compare_test_with_training(train: ImageSource, test: ImageSource) -> list[str]:
     """Refuse too many test images that are training images; return a note about few."""
     if train.facts.encoding != test.facts.encoding:
         return [
             f"Whether test images are training images was not compared: the ones are {test.facts.encoding}, "
             f"the others {train.facts.encoding}."
         ]
-    trained_on = set(train_images)
+    trained_on, test_images = set(beton.image_digests(train.path)), beton.image_digests(test.path)
     equal = sum(image in trained_on for image in test_images)
     share = f"{equal:,} of the {len(test_images):,} test images ({100 * equal / len(test_images):.1f} %)"
     if equal > MOST_TRAINED_ON * len(test_images):
@@ -284,47 +284,6 @@ def _compare_test_with_training(
             "(python -m data_prep imagefolder --test-fraction 0.1)"
         )
     return [f"{share} are also training images, pixel by pixel."] if equal else []
-
-
-def _compare_with_pretraining(
-    pretrained: Pretrained, train: Facts, train_images: list[bytes], test_images: list[bytes]
-) -> list[str]:
-    """Return notes about which images the encoder has seen; for a training file that was not pretrained on."""
-    before = pretrained.facts
-    seen = _pretraining_images(pretrained, train.encoding)
-    known, known_test = (sum(image in (seen or ()) for image in images) for images in (train_images, test_images))
-    if known == len(train_images):
-        what = f"Measured on images pretrained on: all {known:,} are among pretraining's {before.num_images:,}"
-    else:
-        what = "Transfer: measured on other images than pretrained on"
-        what += f", but for {known:,} of {len(train_images):,}" if known else ""
-        if seen is None:
-            what += f", as far as is known: {pretrained.config.data} is not there, or stored in another way,"
-    notes = [
-        f"{what} ({train.source!r}; pretraining: {before.source!r}). Both are normalised with pretraining's "
-        f"statistics: channel means {_three(before.channel_mean)} there, {_three(train.channel_mean)} here; "
-        f"deviations {_three(before.channel_std)} there, {_three(train.channel_std)} here."
-    ]
-    if known_test:
-        notes.append(
-            f"{known_test:,} of the {len(test_images):,} test images were pretrained on, without their labels."
-        )
-    return notes
-
-
-def _pretraining_images(pretrained: Pretrained, encoding: str) -> set[bytes] | None:
-    """Return digests of the images pretrained on; None if their file is gone, or stored in another encoding."""
-    path, facts = pretrained.config.data, pretrained.facts
-    try:
-        if facts.encoding == encoding and beton.load_facts(path).content_sha256 == facts.content_sha256:
-            return set(beton.image_digests(path))
-    except beton.BetonError:
-        pass  # it is not needed for anything else
-    return None
-
-
-def _three(values: tuple[float, float, float]) -> str:
-    return "(" + ", ".join(f"{value:.3f}" for value in values) + ")"
 
 
 def say_start(probe: Probe) -> None:

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import json
 import math
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal, Self
@@ -50,8 +48,6 @@ DIED = "died"
 """The state that :func:`read_status` gives a run that ended without writing so: it was killed, or its disk was full."""
 _FILES_OF_A_RUN = (LOCK, STATUS, MANIFEST, METRICS, "checkpoint_*.pt", "simclr_best_epoch.pt")
 _FILES_OF_A_START = ("attempts", "*.log", "*.out", "*.err")  # from job scripts
-_SECRET = re.compile(r"(?:^|[-_.])[a-z0-9]*(?:token|key|password|passwd|secret)s?$", re.IGNORECASE)
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user:password@
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "ffcv", "numpy", "numba", "matplotlib")
 
 
@@ -59,34 +55,13 @@ def environment() -> dict[str, Any]:
     """Return what a result depends on besides its configuration: commit, command, versions, hardware."""
     return {
         "commit": _git_commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "hardware": hardware(),
         "platform": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with *** in place of secrets.
-
-    These are the values of options and variables that are named like one (--api-token VALUE, --api-token=VALUE,
-    API_TOKEN=VALUE), and what stands before the @ of an address.
-    """
-    masked: list[str] = []
-    hide_next = False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        is_secret = _SECRET.search(name) is not None
-        if hide_next and not word.startswith("--"):
-            masked.append("***")
-        elif is_secret and equals:
-            masked.append(f"{name}=***")
-        else:
-            masked.append(_IN_ADDRESS.sub("***", word))
-        hide_next = is_secret and not equals and word.startswith("-")
-    return masked
 
 
 def hardware() -> str:
@@ -247,14 +222,7 @@ class Status:
         if not (self._is_main and self._is_ours()):
             return
         content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
-        try:
-            write_json(self._path, content)
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not self._path.exists():
-                raise
-            with self._path.open("r+b") as file:  # into the old file, for which a full disk has room
-                file.write(json.dumps(content, indent=2).encode() + b"\n")
-                file.truncate()
+        write_json(self._path, content)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -345,32 +313,20 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            if not _lock_alone(file):
+            if not files.lock(file):
                 raise OSError("Windows has no flock")
         except BlockingIOError:
             file.seek(0)
             raise FolderInUseError(
-                f"another run writes to {folder}: {file.read().strip() or 'it has only just begun'}. Wait for its end "
-                "or stop it, or give another --output"
+                f"another run writes to {folder}: {file.read().strip()}. Wait for its end or stop it, or give another "
+                "--output"
             ) from None
         except OSError as error:
             print(f"{folder} cannot be locked ({error}): see to it that no other run uses it", flush=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        try:
-            yield Lock(folder / LOCK, file)
-        finally:
-            file.truncate(0)
-
-
-def _lock_alone(file: IO[str]) -> bool:
-    """Do as :func:`simclr.run.files.lock` does, and try again while :func:`read_status` of another process looks."""
-    for _ in range(9):
-        with contextlib.suppress(BlockingIOError):
-            return files.lock(file)
-        time.sleep(0.05)
-    return files.lock(file)
+        yield Lock(folder / LOCK, file)
 
 
 def _is_free(lock: Path) -> bool:
@@ -378,10 +334,8 @@ def _is_free(lock: Path) -> bool:
     try:
         with lock.open(encoding="utf-8") as file:
             return files.lock(file, shared=True)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -42,7 +42,7 @@ from simclr.run import checkpoint, devices, memory, opening, peers, runlog
 from simclr.run.finite import Guard
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.resuming import Progress
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_python
 from tests.ranks import Ranks, ranks
 from tests.runs import is_equal, lines, train_here, weights
 
@@ -543,14 +543,15 @@ def test_a_file_that_another_one_takes_the_name_of_is_read_to_the_end_and_others
         wait_for_step(running, config, 10)
         replace_file(data)
         assert running.wait() == [0], running.output(0)
-        assert running.output(0).count(f"{data} was deleted or replaced") == 1
     assert_is_the_run_of_good_images(config, images)
-    with pytest.raises(ValueError, match=r"train\.beton: its sha256 is"):
+    with pytest.raises(ValueError, match=r"train\.beton: the sha256 of its content is"):
         train_here(dataclasses.replace(config, stop_at_step=50))
 
 
 @needs_ffcv
-def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images: Path, tmp_path: Path) -> None:
+def test_of_a_file_that_is_cut_off_nothing_is_trained_on_and_the_run_is_not_said_to_go_on(
+    images: Path, tmp_path: Path
+) -> None:
     data = own_copy(images, tmp_path / "data")
     config = settings(data, tmp_path / "run", speed=SpeedConfig(loader="ffcv"), epochs=10_000, knn_every_epochs=0)
     with ranks(config, 1, tmp_path / "logs") as running:
@@ -566,17 +567,13 @@ def test_a_file_that_is_cut_off_is_named_and_the_run_is_not_said_to_go_on(images
         assert runlog.read_status(config.folder)["state"] == "failed"
     else:
         assert code == -signal.SIGBUS
-        assert output.endswith(
-            f"Most likely a file was cut off or written anew while it was read; put it back as it was, and start "
-            f"again:\n {data}\n"
-        )
         assert status(config)["state"] == "running"
         assert runlog.read_status(config.folder)["state"] == runlog.DIED
     shutil.copy(images, data)
     train_here(dataclasses.replace(config, stop_at_step=20, speed=SpeedConfig(loader="memory")))
 
 
-READ_WHAT_IS_GONE = """
+READ_WHAT_HAS_NO_NAME = """
 import os, sys
 import numpy as np
 from simclr.data import EpochPlan, open_images
@@ -587,23 +584,15 @@ with open_images(path, backend="memory") as source:
 with open_images(path, backend="ffcv") as source:
     os.replace(other, path)  # before the first batch is read
     assert all(np.array_equal(batch.image, pixels) for batch, pixels in zip(source.batches(plan), expected))
-os.replace(other + ".json", path + ".json")
-with open_images(path, backend="ffcv") as source:
-    source._require_unchanged = lambda: None
-    os.truncate(path, 100)
-    list(source.batches(plan))
 """
 
 
 @needs_ffcv
-def test_a_bus_error_names_the_file_and_another_file_of_the_name_is_not_read(images: Path, tmp_path: Path) -> None:
+def test_another_file_of_the_name_is_not_read(images: Path, tmp_path: Path) -> None:
     data, other = own_copy(images, tmp_path), own_copy(images, tmp_path / "other")
     beton.write(other, np.zeros((100, 32, 32, 3), np.uint8), np.zeros(100, np.int64))
-    command = [sys.executable, "-c", READ_WHAT_IS_GONE, str(data), str(other)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == -signal.SIGBUS, done.stderr
-    assert "was deleted or replaced" in done.stderr
-    assert done.stderr.endswith(f"put it back as it was, and start again:\n {data}\n")
+    done = run_python("-c", READ_WHAT_HAS_NO_NAME, data, other)
+    assert done.returncode == 0, done.stderr
 
 
 def test_images_in_memory_are_those_that_were_there_at_the_start(images: Path, tmp_path: Path) -> None:

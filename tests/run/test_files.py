@@ -76,7 +76,7 @@ def fill_and_fail(folder: Path) -> None:
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    left_behind = tmp_path / ".folder.0123.old.tmp"
+    left_behind = tmp_path / ".folder.0123.tmp"
     left_behind.mkdir()
     with files.atomic_folder(folder) as new:
         (new / "first").write_text("1")

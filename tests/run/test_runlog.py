@@ -1,8 +1,7 @@
-"""What a run writes down: every step once, whole lines, no secrets."""
+"""What a run writes down: every step once, whole lines."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -283,23 +281,6 @@ def test_a_run_is_running_as_long_as_its_process_holds_the_lock(
         (tmp_path / runlog.STATUS).write_text(damage)
         with pytest.raises(ValueError, match=r"status\.json tells nothing of a run"):
             runlog.read_status(tmp_path)
-
-
-def test_looking_at_a_run_does_not_keep_one_from_starting(tmp_path: Path) -> None:
-    looking, looked = threading.Event(), threading.Event()
-
-    def look() -> None:
-        with (tmp_path / runlog.LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            looking.set()
-            looked.wait(0.1)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    looking.wait()
-    with runlog.locked(tmp_path, is_main=True):
-        pass
-    thread.join()
 
 
 @pytest.mark.parametrize("anew", [False, True])
