@@ -62,7 +62,7 @@ def main(config: TrainConfig, signals: Signals | None = None, *, is_dry: bool = 
     """
     checkpoint.require_safe_loading()
     launch.require_known_requests()
-    join(signals)
+    join()
     with (
         Peers(timeout_seconds=config.timeout_seconds, signals=signals or Signals()) as peers,
         peers.explain_lost_ranks(),

@@ -39,8 +39,8 @@ class _Normalise(torch.autograd.Function):
         inverse_std = (variance + eps).rsqrt_()
         scale = inverse_std if weight is None else inverse_std * weight.view(beside[2:])
         shift = -mean * scale if bias is None else torch.addcmul(bias.view(beside[2:]), mean, scale, value=-1)
-        y = torch.empty_like(wide)  # no view, which the layer behind may not change in place
-        torch.addcmul(shift, _grouped(wide, groups), scale, out=_grouped(y, groups))
+        # To autograd it is no view, so the layer behind may change it in place.
+        y = torch.ops.aten._unsafe_view(torch.addcmul(shift, _grouped(wide, groups), scale), x.shape)
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         return y.to(x.dtype), mean, variance, count

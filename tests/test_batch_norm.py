@@ -14,7 +14,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.split_batchnorm import SplitBatchNorm2d
 from torch import Tensor, nn
 
-from simclr.batch_norm import GlobalBatchNorm, replace_batch_norm
+from simclr.batch_norm import GlobalBatchNorm, groups_of, replace_batch_norm
+from simclr.distributed import average_gradients
 from tests.helpers import run_distributed
 
 C = 3
@@ -128,6 +129,48 @@ def test_any_number_of_devices_is_torchs_layer_on_the_whole_batch(name: str, wor
             assert torch.equal(result["state"][key], results[0]["state"][key])
 
 
+def views_by_themselves(network: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """The gradients and running statistics of a network through which the views pass one after the other."""
+    y = torch.cat([network(view) for view in views])
+    torch.autograd.backward(y.square().mean() + (y**3).mean())
+    return [p.grad for p in network.parameters() if p.grad is not None] + list(network.buffers())
+
+
+def in_one_pass(rank: int, world_size: int, backend: str) -> list[Tensor]:
+    """The same of both views in one pass, each normalised by itself, compiled where a backend is named."""
+    network = replace_batch_norm(small_network(), groups=2)
+    x = torch.cat([view.chunk(world_size)[rank] for view in two_views_of_eight()])
+    forward: Any = torch.compile(network, backend=backend, fullgraph=True) if backend else network
+    y = forward(x.to(memory_format=torch.channels_last))
+    torch.autograd.backward(y.square().mean() + (y**3).mean())
+    average_gradients(network.parameters())
+    return [p.grad for p in network.parameters() if p.grad is not None] + list(network.buffers())
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)]
+    layers += [nn.BatchNorm2d(2, affine=False, momentum=None), nn.Flatten(), nn.Linear(2 * 16, 5), nn.BatchNorm1d(5)]
+    return nn.Sequential(*layers).double()
+
+
+def two_views_of_eight() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    one, two = torch.randn(2, 8, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return one, 2 * two + 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("backend", ["", "aot_eager"])
+def test_both_views_in_one_pass_are_the_views_one_after_the_other(world_size: int, backend: str) -> None:
+    """Also through torch.compile without a break in the graph, collectives in it."""
+    expected = views_by_themselves(small_network(), list(two_views_of_eight()))
+    for found in run_distributed(in_one_pass, world_size, backend):
+        for mine, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-13)
+
+
 def test_gradcheck() -> None:
     layer = GlobalBatchNorm(C).double()
     x = Case(shape=(C, 2)).batches()[0][0].requires_grad_()
@@ -173,6 +216,8 @@ def test_replacing_changes_neither_function_nor_names_nor_objects() -> None:
     actual, expected = (train_and_return(n, x) for n in (network, original))
     torch.testing.assert_close(actual, expected)
     assert replace_batch_norm(network) is network  # nothing is left to replace
+    assert groups_of(network) == 1
+    assert groups_of(replace_batch_norm(Network(), groups=2)) == 2
 
 
 def train_and_return(network: Network, x: Tensor) -> list[Tensor | None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from simclr import distributed
 from tests.helpers import RankError, run_distributed
@@ -94,6 +96,40 @@ def check_max_over_ranks(rank: int, world_size: int) -> None:
     assert torch.equal(values.detach(), parts[rank].T)  # unchanged
 
 
+def check_average_gradients(rank: int, world_size: int) -> None:
+    """The gradients of DDP, to the last bit on two ranks; on more, the order of a sum depends on where it lies."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(2 * 16, 3))
+    model = model.to(memory_format=torch.channels_last)
+    model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    x = all_rows(2 * world_size, 3, 6, 6, dtype=torch.float32).chunk(world_size)[rank]
+    gradients = []
+    for is_in_ddp in (True, False):
+        model.zero_grad()
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True) if is_in_ddp else model
+        wrapped(x).square().sum().backward()
+        if not is_in_ddp:
+            distributed.average_gradients(model.parameters())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    in_ddp, averaged = gradients
+    assert len(in_ddp) >= len(averaged) == 6
+    for theirs, ours, parameter in zip(in_ddp[-6:], averaged, list(model.parameters())[-6:], strict=True):
+        assert ours.stride() == parameter.stride()
+        tolerance = 0 if world_size <= 2 else 4 * torch.finfo(torch.float32).eps * float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def check_alike_ranks_ask_nothing(rank: int, world_size: int) -> None:
+    """A shared gradient is what the ranks would have summed."""
+    for are_alike in (False, True):
+        value = torch.tensor(2.0, requires_grad=True)
+        with distributed.alike() if are_alike else contextlib.nullcontext():
+            distributed.require_equal_rows(torch.zeros(3 + are_alike * rank, 1))  # would raise, if it asked
+            (distributed.shared_gradient(value) * 5).backward()  # type: ignore[no-untyped-call]
+        assert value.grad is not None
+        assert float(value.grad) == 5 * world_size
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(
@@ -105,6 +141,8 @@ def check_max_over_ranks(rank: int, world_size: int) -> None:
         check_gather_variable,
         check_sum_over_ranks,
         check_max_over_ranks,
+        check_average_gradients,
+        check_alike_ranks_ask_nothing,
     ],
 )
 def test_collectives(check: object, world_size: int) -> None:

@@ -17,6 +17,7 @@ from simclr.models import ModelConfig, SimCLR
 from simclr.optim import (
     LARS,
     Muon,
+    _shares,
     describe_groups,
     learning_rate_at,
     make_optimizer,
@@ -24,6 +25,7 @@ from simclr.optim import (
     parameter_groups,
     set_learning_rate,
 )
+from tests.helpers import run_distributed
 
 # -------------------------------------------------------------------------------------------- learning rate
 
@@ -221,6 +223,44 @@ def test_muon_is_its_formula(shape: tuple[int, ...], momentum: float) -> None:
         direction = orthogonalised_by_hand(matrix).reshape(shape)
         w = w - lr * (0.2 * math.sqrt(max(matrix.shape)) * direction + 0.1 * w)
     np.testing.assert_allclose(parameter.detach().numpy(), w, rtol=1e-10, atol=1e-12)
+
+
+def steps_of_muon(rank: int, world_size: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Three steps of matrices of several shapes and of vectors; the result, and what was sent in the last step."""
+    torch.manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(8, 4, 3, 3), (8, 4, 3, 3), (8, 4, 3, 3), (6, 8), (4, 4), (5,), (), (1, 7)]
+    parameters = {str(i): nn.Parameter(torch.randn(shape, dtype=torch.float64)) for i, shape in enumerate(shapes)}
+    optimizer = Muon(parameters.values(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+    momenta = {f"momentum {name}": optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
+    sent = [event.name for event in profile.events() if event.name.startswith("c10d::")]
+    return {name: p.detach() for name, p in parameters.items()} | momenta, sent
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_muon_on_several_ranks_is_muon_on_one(world_size: int) -> None:
+    expected, _ = steps_of_muon(0, 1)
+    for found, sent in run_distributed(steps_of_muon, world_size):
+        assert sent == ["c10d::_allgather_base_"]
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+
+
+def test_each_matrix_is_orthogonalised_by_one_rank_and_all_ranks_are_as_busy() -> None:
+    stacks = ((4, 64, 576), (3, 128, 1152), (1, 512, 4608), (3, 512, 512), (20, 1, 64))
+    for world_size in (1, 2, 3, 8):
+        shares = _shares(stacks, world_size)
+        for (k, rows, _), share in zip(stacks, shares, strict=True):
+            owned = [matrix for of_rank in share for matrix in range(k)[of_rank]]
+            assert sorted(owned) == sorted(list(range(k)) * (world_size if rows == 1 else 1))
+    # The dearest one is more than all others together: it has a rank of its own.
+    sizes = [[of_rank.stop - of_rank.start for of_rank in share] for share in _shares(stacks, 2)]
+    assert sizes == [[0, 4], [0, 3], [1, 0], [0, 3], [20, 20]]
 
 
 @pytest.mark.parametrize("kind", [LARS, Muon])

@@ -42,7 +42,7 @@ def write_page(folder: Path, name: str, figures: Mapping[str, Sequence[Panel]], 
 
 _WAY_OUT = (
     "install it with pip install 'simclr[pdf]' (in a checkout: pip install -e '.[pdf]') and, if it then misses Pango, "
-    "apt-get install libpango-1.0-0 libpangoft2-1.0-0; or print report.html to PDF in a browser"
+    "apt-get install libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0; or print report.html to PDF in a browser"
 )
 
 

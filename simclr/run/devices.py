@@ -16,14 +16,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 from simclr import distributed
 from simclr.config import TrainConfig, settings_of
 from simclr.run import launch, runlog
-from simclr.run.interruption import Signals
 from simclr.run.peers import START_SECONDS, LostPeerError
 
 
-def join(signals: Signals | None = None) -> PartialState:
+def join() -> PartialState:
     """Meet the other processes that the launcher has started, or be alone; done once. Returns accelerate's view."""
     use_cpu = not torch.cuda.is_available() or launch.cpu_is_asked_for()
-    with launch.saying_who_is_awaited(signals):
+    with launch.saying_who_is_awaited():
         try:
             return PartialState(cpu=use_cpu, timeout=datetime.timedelta(seconds=START_SECONDS))
         except ValueError as error:  # incomplete variables

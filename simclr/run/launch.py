@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
+from simclr.run.interruption import SIGNALS
 
 SECONDS_UNTIL_SAID = 10.0
 """How long a process waits for the others before it says so."""
@@ -40,16 +39,6 @@ _REFUSED = {
     "ACCELERATE_GRADIENT_CLIPPING": "use --optimizer.gradient-clip-norm",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use --recompute, which takes the whole batch in less memory",
 }
-_HONOURED = frozenset(
-    {"ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_TORCH_DEVICE"}
-    | {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_DEBUG_RDV_FILE", "ACCELERATE_ENABLE_RICH"}
-    | {"ACCELERATE_LOG_LEVEL", "ACCELERATE_NUM_PROCESSES"}
-)
-# They only say more about what is refused or off.
-_DETAILS = tuple(
-    f"ACCELERATE_{start}"
-    for start in ("DEEPSPEED_", "CONFIG_DS_", "DYNAMO_", "FP8_", "SAGEMAKER_", "ALLOW_CP_", "BYPASS_", "INIT_")
-)
 
 
 class DifferentRunsError(ValueError):
@@ -82,27 +71,19 @@ def mixed_precision_asked_for() -> str | None:
 def require_known_requests() -> None:
     """Refuse what accelerate's launcher asks for and this project would ignore.
 
-    Variables of accelerate that this project does not know are told on standard error.
-
     Raises:
         ValueError: If there is such a request; the message names all of them, each with the way out.
     """
-    refused, unknown = [], []
-    for name, value in sorted(os.environ.items()):
-        off = _OFF | ({"1"} if name.endswith("_STEPS") else set())
-        if name in _REFUSED and value.lower() not in off:
-            refused.append(f"{name}={value}: {_REFUSED[name]}")
-        elif name.startswith("ACCELERATE_") and not (
-            name in _REFUSED or name in _HONOURED or name.startswith(_DETAILS)
-        ):
-            unknown.append(f"{name}={value} is not known here; whether accelerate heeds it was not examined")
+    refused = [
+        f"{name}={os.environ[name]}: {way_out}"
+        for name, way_out in _REFUSED.items()
+        if os.environ.get(name, "").lower() not in _OFF | ({"1"} if name.endswith("_STEPS") else set())
+    ]
     if refused:
         raise ValueError(
             "accelerate is asked for what this project does not do, by its launcher, its configuration file or the "
             f"environment: {'; '.join(refused)}"
         )
-    for line in unknown:
-        print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,55 +91,28 @@ def require_known_requests() -> None:
 
 
 @contextlib.contextmanager
-def saying_who_is_awaited(signals: Signals | None) -> Iterator[None]:
-    """Say whom this process waits for, if that takes long, and let signals end the wait.
+def saying_who_is_awaited() -> Iterator[None]:
+    """Say whom this process waits for, if that takes long; signals end it meanwhile as they end any program.
 
-    While processes meet, the main thread stands in C++, where Python's handlers of signals do not run; and a signal
-    that interrupted it there would make torch print a trace of its own. So other threads receive them meanwhile.
-
-    Args:
-        signals: Those that are installed; any of them ends the process, with the status of a run that has lost
-            nothing. None: signals do what they did.
+    While processes meet, the main thread stands in C++, where Python's handlers of signals do not run.
     """
     size = from_environment("WORLD_SIZE", 1)
     if size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    met = threading.Event()
-    ours, handlers = socket.socketpair()  # the number of each signal is written to the second
-    handlers.setblocking(False)
-    ours.settimeout(SECONDS_UNTIL_SAID)
-
-    def watch() -> None:
-        while not met.is_set():
-            try:
-                numbers = ours.recv(64)
-            except TimeoutError:
-                print(_who_is_awaited(size), file=sys.stderr, flush=True)
-                ours.settimeout(None)
-                continue
-            asked = [number for number in numbers if number in SIGNALS]
-            if asked and signals is not None and not met.is_set():
-                name = signal.Signals(asked[0]).name
-                print(f"{name}: ended while waiting for the other processes; nothing was begun", flush=True)
-                os._exit(EXIT_SAVED)
-
-    thread = threading.Thread(target=watch, name="waiting", daemon=True)
-    before = signal.set_wakeup_fd(handlers.fileno(), warn_on_full_buffer=False)
-    thread.start()  # before the signals are blocked, as a thread begins with the mask of the one that starts it
-    can_block = signals is not None and hasattr(signal, "pthread_sigmask")  # which Windows lacks
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if can_block else set()
+    timer = threading.Timer(SECONDS_UNTIL_SAID, lambda: print(_who_is_awaited(size), file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        met.set()
-        if can_block:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        signal.set_wakeup_fd(before)
-        handlers.send(b"\0")
-        thread.join()
-        ours.close()
-        handlers.close()
+        timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _who_is_awaited(size: int) -> str:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from simclr.distributed import SideChannel, is_lost_peer, rank, store, world_size
+from simclr.run import launch
 from simclr.run.interruption import Signals
 
 START_SECONDS = 600.0
@@ -70,7 +71,8 @@ class Peers:
     def __init__(self, *, timeout_seconds: float, signals: Signals) -> None:
         self._timeout, self._signals = timeout_seconds, signals
         self._before_exit: Callable[[str], None] = lambda reason: None
-        self._channel = SideChannel(datetime.timedelta(seconds=START_SECONDS))
+        with launch.saying_who_is_awaited():  # the hosts meet anew, for messages of their own
+            self._channel = SideChannel(datetime.timedelta(seconds=START_SECONDS))
         self._store = store()
         self._limit = START_SECONDS
         self._kind: object = None

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import train_simclr
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
-from simclr.fast.captured import Captured, choose_way
+from simclr.fast.captured import Captured, Way, choose_way
 from simclr.models import SimCLR
 from simclr.run.runlog import read_metrics
 from simclr.views import ViewSpec
@@ -112,7 +113,7 @@ POSSIBLE: dict[str, Any] = {
     ("change", "why"),
     [
         ({"device": torch.device("cpu")}, "on cpu"),
-        ({"world_size": 2}, "2 processes"),
+        ({"world_size": 2, "backend": "gloo"}, "2 processes talk over gloo"),
         ({"has_scaler": True}, "fp16"),
         ({"saves_memory": True}, "recompute"),
         ({"views": "torch"}, "by torch"),
@@ -133,6 +134,27 @@ def test_a_graph_is_compiled_where_the_run_is_long_enough() -> None:
     assert choose_way("graph", **POSSIBLE)[:2] == (False, True)
     assert choose_way("graph-compiled", **POSSIBLE)[:2] == (True, True)
     assert choose_way("none", **POSSIBLE)[:2] == (False, False)
+    assert choose_way("auto", **(POSSIBLE | {"world_size": 8, "backend": "nccl"}))[:2] == (True, True)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused_beside_captured_collectives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = POSSIBLE | {"world_size": 2, "backend": "nccl"}
+    monkeypatch.setenv(name, "max_split_size_mb:64, expandable_segments: True")
+    assert choose_way("auto", **POSSIBLE).is_captured
+    assert not choose_way("auto", **several).is_captured
+    with pytest.raises(ValueError, match="PYTORCH_CUDA_ALLOC_CONF has expandable_segments"):
+        choose_way("graph", **several)
+    monkeypatch.setenv(name, "expandable_segments:False")
+    assert choose_way("graph", **several).is_captured
+
+
+def test_all_ranks_take_the_way_that_each_of_them_can() -> None:
+    graph, plain = Way(True, True, "it pays"), Way(False, False, "since views are made by torch, not by Triton")
+    assert Way.of_all([graph, graph]) == graph
+    assert Way.of_all([graph, plain, graph]) == plain._replace(reason=f"{plain.reason}, on rank 1")
 
 
 @pytest.mark.gpu
@@ -167,6 +189,40 @@ def test_what_waits_for_the_device_is_called_plainly_and_said() -> None:
         assert torch.equal(found, x * 3 * i)
     assert len(told) == 1
     assert "captur" in told[0].lower()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_where_another_rank_cannot_capture_this_one_does_not_replay() -> None:
+    told: list[str] = []
+    captured = Captured(lambda x: (2 * x,), told.append, lambda own: [own, "out of memory"])
+    for i in range(6):
+        x = torch.full((3,), float(i), device="cuda")
+        assert torch.equal(captured("key", (x,))[0], 2 * x)
+    assert told == ["out of memory (rank 1)"]
+    assert captured._captured is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_waits_for_the_device(name: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = train_simclr.update
+    strict: list[torch.Size] = []
+
+    def watched(run: Any, views: Tensor) -> tuple[Tensor, ...]:
+        if views.shape not in strict:  # what is done once for each size may wait
+            strict.append(views.shape)
+            return update(run, views)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return update(run, views)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train_simclr, "update", watched)
+    train(tmp_path / "run", images, **CASES[name], compile="none")
+    assert strict
 
 
 @pytest.mark.gpu
