@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore, _create_work_from_future
 
 import train_simclr
@@ -177,7 +177,9 @@ def measure(config: TrainConfig, size: int, network: Network, steps: int) -> dic
             "images_per_second": config.global_batch_size / ms * 1e3,
             "collectives": after[0] - before[0],
             "megabytes": (after[1] - before[1]) / 1e6,
-            "batch_norm_layers": sum(isinstance(layer, GlobalBatchNorm) for layer in run.plain_model.modules()),
+            "batch_norm_layers": sum(
+                isinstance(layer, GlobalBatchNorm | nn.SyncBatchNorm) for layer in run.plain_model.modules()
+            ),
             "is_captured": run.way.is_captured,
             "first_step_seconds": first,
         }

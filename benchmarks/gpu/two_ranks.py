@@ -29,6 +29,7 @@ RUN = shlex.split(
     "--log-every-steps 1 --checkpoint-every-epochs 1000 --precision fp32"
 )
 KILLED_AFTER = 12  # steps, of which the first three are not yet replayed
+WELL = "ended by itself"
 TOLERANCE = 1e-3  # of a loss; float32, and other kernels in a graph
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which a run is taken to hang")
+    parser.add_argument("--seconds", type=float, default=55.0, help="after which a run is taken to hang")
     parser.add_argument("--quick", action="store_true", help="few steps; without a GPU two processes over gloo")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.quick:
@@ -53,31 +54,42 @@ def main() -> int:
         ends: dict[str, str] = {}
         for run, (size, way) in runs.items():
             output = folder / run.replace(" ", "-")
-            ranks = start(size, way, output, "--stop-at-step", str(steps))
-            ends[run] = wait_for(ranks, options.seconds)
+            ends[run] = wait_for(start(size, way, output, "--stop-at-step", str(steps)), options.seconds)
             losses[run] = losses_of(output)
-            if ends[run] != "ended by itself":
+            if ends[run] != WELL:
                 print(f"{run}: {ends[run]}", *(last_lines(output, rank) for rank in range(size)), sep="\n")
-        loss = kill_one(2, list(runs.values())[-1][1], folder / "killed", options.seconds)
-    difference = largest_difference(losses)
+            write(options.output, losses, ends)
+        lost = kill_one(2, list(runs.values())[-1][1], folder / "killed", options.seconds)
+    print(*write(options.output, losses, ends, lost), sep="\n")
     is_good = (
-        set(ends.values()) == {"ended by itself"}
+        set(ends.values()) == {WELL}
         and all(len(each) == steps for each in losses.values())
-        and difference < TOLERANCE
-        and loss["names_it"]
+        and largest_difference(losses) < TOLERANCE
+        and lost["names_it"]
     )
+    return int(not is_good)
+
+
+def write(
+    path: Path, losses: dict[str, list[float]], ends: dict[str, str], lost: dict[str, Any] | None = None
+) -> list[str]:
+    """Write what is known so far, as the time may end before the rest is; return it in lines."""
+    difference = largest_difference(losses)
     summary = [
         *table(losses),
         f"largest relative difference of a loss from one process's: {difference:.1e}",
         *(f"{run}: {end}" for run, end in ends.items()),
-        f"rank 1 killed while ranks {loss['while']}: rank 0 {loss['end']} after {loss['seconds']:.1f} s; "
-        f"{'it named rank 1' if loss['names_it'] else 'it did not name rank 1'}: {loss['said']}",
     ]
-    print(*summary, sep="\n")
+    if lost is not None:
+        named = "it named rank 1" if lost["names_it"] else "it did not name rank 1"
+        summary.append(
+            f"rank 1 killed while ranks {lost['while']}: rank 0 {lost['end']} after {lost['seconds']:.1f} s; {named}: "
+            f"{lost['said']}"
+        )
     common.write_result(
-        options.output, {"summary": summary, "losses": losses, "difference": difference, "ends": ends, "killed": loss}
+        path, {"summary": summary, "losses": losses, "difference": difference, "ends": ends, "killed": lost}
     )
-    return int(not is_good)
+    return summary
 
 
 def start(size: int, way: str, output: Path, *more: str) -> list[subprocess.Popen[bytes]]:
@@ -132,7 +144,7 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], seconds: float) -> str:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return "ended by itself" if not any(statuses) else f"ended with status {', '.join(map(str, statuses))}"
+    return WELL if not any(statuses) else f"ended with status {', '.join(map(str, statuses))}"
 
 
 def kill_one(size: int, way: str, output: Path, seconds: float) -> dict[str, Any]:
