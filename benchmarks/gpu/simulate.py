@@ -202,6 +202,8 @@ def main() -> None:
         case = configured(options.preset, way, int(batch), Path(data), is_small=options.quick)
         print(json.dumps(measure(case, int(size), network, 2 if options.quick else 30)))
         return
+    if not torch.cuda.is_available() and not options.quick:
+        parser.error("a captured step needs a CUDA device, and none is visible")
     deadline = time.monotonic() + 60 * options.minutes
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
