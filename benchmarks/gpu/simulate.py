@@ -229,6 +229,8 @@ def main() -> None:
                 else:
                     found.append(json.loads(done.stdout.splitlines()[-1]))
             summary = [*describe(found, network), *left_out]
+            if options.quick:
+                summary.insert(0, "in miniature, on a CPU without waits: not to be quoted")
             common.write_result(
                 options.output,
                 {"summary": summary, "preset": options.preset, "assumed": network._asdict(), "cases": found},
