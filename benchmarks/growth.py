@@ -24,11 +24,11 @@ import train_simclr
 from benchmarks import common
 from benchmarks.pipeline import CORES, SPEC, Stream
 from benchmarks.step import open_run
+from simclr import system
 from simclr.config import SpeedConfig, TrainConfig
 from simclr.data import open_images
-from simclr.fast.fused_views import FusedViews
 from simclr.presets import PRESETS
-from simclr.run import host
+from simclr.views.fused_views import FusedViews
 
 BASE = {"batch size": 512, "side": 32, "images": 8192, "threads": CORES}
 AXES: dict[str, list[int]] = {
@@ -139,7 +139,7 @@ def in_turns(
 ) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """Time candidates, by (name, value) with their images a call, in turns; print and return images per second."""
     torch.set_num_threads(CORES)
-    host.keep_freed_memory()
+    system.keep_freed_memory()
     labels = {key: f"{key[0]}, {axis} {key[1]}" for key in candidates}
     timings = common.interleave(
         {labels[key]: call for key, (call, _) in candidates.items()},

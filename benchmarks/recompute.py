@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, as_json, interleave, peak_memory, write_result
-from simclr.fast.recompute import recompute_blocks
 from simclr.losses import nt_xent
 from simclr.models import ModelConfig, SimCLR
+from simclr.step.recompute import recompute_blocks
 
 SIDE = 32
 

@@ -83,8 +83,8 @@ def _child() -> None:
     launched = float(os.environ["LAUNCHED"])
     import train_simclr
     from simclr.command_line import parse_train_config
-    from simclr.fast.feed import ViewFeed
     from simclr.run import opening
+    from simclr.views.pipeline import ViewFeed
 
     seconds = {"imports": time.time() - launched}
 
