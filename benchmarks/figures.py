@@ -35,7 +35,6 @@ STYLE: Any = {
     "lines.markersize": 4,
     "savefig.dpi": 100,
 }
-LOADERS = {"ffcv": "FFCV", "memory": "memory reader"}
 
 
 def main() -> None:
@@ -99,25 +98,6 @@ def peak(case: Mapping[str, Any], name: str) -> float:
     return float(case["peak_mib"][name])
 
 
-def growth(result: Mapping[str, Any]) -> Figure:
-    """Images per second against each axis; views above, steps below."""
-    titles = {"batch size": "batch size", "side": "image side, pixels", "images": "images in the file"}
-    rows = [(what, result[what]) for what in ("views", "steps")]
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    grid = figure.subplots(2, max(len(found) for _, found in rows))
-    for row, (what, found) in zip(grid, rows, strict=True):
-        for axes in row[len(found) :]:
-            axes.set_visible(False)
-        for axes, (axis, by_name) in zip(row, found.items(), strict=False):
-            lines = {
-                LOADERS.get(name, name): {int(value): one["images_per_second"] for value, one in by_value.items()}
-                for name, by_value in by_name.items()
-            }
-            draw_lines(axes, lines, f"{what}: images/s", titles.get(axis, axis))
-            axes.set_ylim(bottom=0)
-    return figure
-
-
 def end_to_end(result: Mapping[str, Any]) -> Figure:
     """Accuracy against seconds from the folder of images."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
@@ -138,7 +118,7 @@ def draw_lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], title: str,
     """Draw a line for each name, over the values that were measured; this project's in blue."""
     others = iter(OTHERS)
     for name, points in lines.items():
-        is_ours = name.startswith("ours") or name in {"FFCV", "train_simclr"}
+        is_ours = name.startswith("ours")
         axes.plot(list(points), list(points.values()), color=BLUE if is_ours else next(others), label=name)
     values = sorted({value for points in lines.values() for value in points})
     axes.set_xscale("log", base=2)
@@ -151,7 +131,6 @@ def draw_lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], title: str,
 FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
     "pipeline": pipeline,
     "loss": loss,
-    "growth": growth,
     "end_to_end": end_to_end,
 }
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, growth
+from benchmarks import common
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import simulate, two_ranks
 from benchmarks.step import step_flops
+from simclr import distributed
 from simclr.presets import PRESETS
 from tests.helpers import forget_accelerate_state, run_python
 from tests.runs import write_shapes
@@ -30,7 +36,7 @@ def _process_left_as_it_was() -> Iterator[None]:
     forget_accelerate_state()
 
 
-@pytest.mark.parametrize("arguments", [["pipeline"], ["step"], ["step", "--with-views"], ["startup"]])
+@pytest.mark.parametrize("arguments", [["pipeline"], ["step"], ["step", "--with-views"]])
 def test_each_benchmark_runs_and_writes_what_it_measured(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,25 +60,22 @@ def test_operations_of_a_step_are_the_published_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "keys"), [("growth", {"views", "steps"}), ("end_to_end", {"sides", "ratio"})])
 def test_what_is_measured_is_drawn(
-    name: str, keys: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("numba")
-    for axis, value in (("side", 48), ("images", 128)):  # of the batch size there are two
-        monkeypatch.setitem(growth.QUICK_AXES, axis, [value])
-    monkeypatch.setattr("sys.argv", [name, "--quick"])
+    monkeypatch.setattr("sys.argv", ["end_to_end", "--quick"])
     written: dict[str, Any] = {}
     monkeypatch.setattr(common, "write_result", lambda path, values: written.update(values))
-    importlib.import_module(f"benchmarks.{name}").main()
-    assert keys <= written.keys()
-    (tmp_path / f"{name}.json").write_text(json.dumps(written))
+    importlib.import_module("benchmarks.end_to_end").main()
+    assert {"sides", "ratio"} <= written.keys()
+    (tmp_path / "end_to_end.json").write_text(json.dumps(written))
     monkeypatch.setattr("sys.argv", ["figures", "--folder", str(tmp_path)])
     importlib.import_module("benchmarks.figures").main()
     said = capsys.readouterr().out
-    assert [path.name for path in tmp_path.glob("*.png")] == [f"{name}.png"]
-    assert f"written: {tmp_path / name}.png" in said
-    assert said.count("left out, as it was not measured") == 3
+    assert [path.name for path in tmp_path.glob("*.png")] == ["end_to_end.png"]
+    assert f"written: {tmp_path / 'end_to_end'}.png" in said
+    assert said.count("left out, as it was not measured") == 2
 
 
 @pytest.mark.slow
@@ -81,11 +84,11 @@ def test_what_needs_a_gpu_runs_in_miniature_without_one(
 ) -> None:
     for split, number in (("train", 100), ("test", 40)):
         write_shapes(tmp_path / f"{split}.beton", number, split)
-    words = ["--quick", "--data", str(tmp_path / "train.beton"), "--output", str(tmp_path / "out"), "--minutes", "12"]
-    done = run_python("-m", "benchmarks.gpu", *words, timeout=500, OMP_NUM_THREADS="1")
+    words = ["--quick", "--data", str(tmp_path / "train.beton"), "--output", str(tmp_path / "out"), "--minutes", "24"]
+    done = run_python("-m", "benchmarks.gpu", *words, timeout=580, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("=== summary")[1]
-    for piece in ("check", "step", "loss", "accuracy-fast-simclr"):
+    for piece in ("check", "step", "loss", "accuracy-fast-simclr", "simulate", "two_ranks"):
         written = json.loads((tmp_path / "out" / f"{piece}.json").read_text())
         assert written["summary"]
         assert all(line in summary for line in written["summary"])
@@ -93,7 +96,54 @@ def test_what_needs_a_gpu_runs_in_miniature_without_one(
     assert (tmp_path / "out" / "accuracy-fast-simclr.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("sys.argv", ["benchmarks.gpu", *words])
     assert gpu.main() == 0
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("done before") == 6
+
+
+@pytest.mark.parametrize("way", ["none", pytest.param("default", marks=pytest.mark.slow)])
+def test_one_device_makes_the_messages_of_a_rank_of_two(way: str, tmp_path: Path) -> None:
+    """Two for each batch norm, and beside them as many as two real processes make: tests/test_several_processes.py."""
+    row = re.search(r"`fast-simclr` \| (\d+) \|.*\| (\d+) \|", (common.ROOT / "docs" / "scaling.md").read_text())
+    assert row is not None
+    layers, messages = map(int, row.groups())
+    common.write_noise(tmp_path / "noise.beton", 64)
+    config = simulate.configured("fast-simclr", way, 16, tmp_path / "noise.beton", is_small=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile, about itself
+        found = simulate.measure(config, 2, simulate.Network(), steps=1)
+    assert found["batch_norm_layers"] == 9 + 2  # of the encoder, of the projector
+    assert found["collectives"] == messages + 2 * (9 + 2 - layers)
+    assert found["megabytes"] > 0
+    assert distributed.world_size() == 1
+
+
+def test_messages_between_equal_ranks() -> None:
+    with simulate.rank_0_of(3, simulate.Network()) as group:
+        assert group is not None
+        rows = torch.arange(4.0).view(2, 2).requires_grad_()
+        gathered = distributed.gather_with_grad(rows)
+        assert torch.equal(gathered, torch.cat([rows] * 3))
+        (gradient,) = torch.autograd.grad(gathered.square().sum(), rows)
+        assert torch.equal(gradient, 3 * 2 * rows.detach())  # as often as there are ranks that want it
+        assert torch.equal(distributed.total(rows.detach()), 3 * rows.detach())
+        assert torch.equal(distributed.max_over_ranks(rows), rows)
+        assert group.messages == 5  # the numbers of rows among them
+    with simulate.rank_0_of(1, simulate.Network()) as group:
+        assert group is None
+
+
+def test_what_was_not_measured_is_said() -> None:
+    case = {"how": "graph", "batch": 512, "images_per_second": 1e5, "collectives": 48, "megabytes": 58.0}
+    one, eight = {**case, "gpus": 1, "ms": 11.0}, {**case, "gpus": 8, "ms": 2.75}
+    assumed, *_, row = simulate.describe([eight, one], simulate.Network(20, 300))
+    assert "two assumed numbers: 20 us a collective, 300 GB/s" in assumed
+    assert row == "| graph | 512 | 8 | 2.75 | 100,000 | 50% | 48 | 58.0 |"
+    assert "| not measured |" in simulate.describe([eight], simulate.Network(20, 300))[-1]
+
+
+def test_ranks_that_hang_are_ended_and_said() -> None:
+    sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert two_ranks.wait_for([sleeping], 0.2) == "had not ended after 0 s"
+    assert sleeping.returncode
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

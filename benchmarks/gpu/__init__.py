@@ -1,1 +1,1 @@
-"""What a GPU is asked, in order of worth and in eight minutes; ``python -m benchmarks.gpu`` runs it."""
+"""What a GPU is asked, in order of worth, in a few minutes each; ``python -m benchmarks.gpu`` runs it."""

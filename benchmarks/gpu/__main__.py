@@ -1,11 +1,12 @@
-"""Asks a GPU what it can tell, in order of worth, within --minutes in all; prints one summary.
+"""Asks a GPU what it can tell, in order of worth, a few minutes for each piece; prints one summary.
 
     python -m benchmarks.gpu --data data/cifar10/train.beton
     python -m benchmarks.gpu step accuracy --preset cifar10-simclr-100 --seeds 0 1 2 --minutes 30
+    python -m benchmarks.gpu simulate two_ranks
 
-Each piece is a process of its own, gets a share of the time, and writes JSON to --output as it goes. A piece whose file
-is there is not run again (--again). Time to accuracy goes on where it was cut off: give the same command until all is
-done. Nothing outside this machine is needed, nor FFCV. Compiling counts; converting the images comes before.
+Each piece is a process of its own, gets its share of --minutes, and writes JSON to --output as it goes. A piece whose
+file is there is not run again (--again). Time to accuracy goes on where it was cut off: give the same command until all
+is done. Nothing outside this machine is needed, nor FFCV. Compiling counts; converting the images comes before.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from benchmarks.gpu.accuracy import UNFINISHED
 
 
 class Piece(NamedTuple):
-    """What is asked, and its share of the time."""
+    """What is asked, and the minutes that it gets."""
 
     what: str
-    share: float
+    minutes: float
 
 
 PIECES = {
-    "check": Piece("the tests that need a GPU", 0.25),
-    "step": Piece("the training step, and what the machine could do", 0.25),
-    "accuracy": Piece("accuracy against seconds", 0.4),
-    "loss": Piece("the losses at up to 131,072 rows", 0.1),
+    "check": Piece("the tests that need a GPU", 2),
+    "step": Piece("the training step, and what the machine could do", 2),
+    "accuracy": Piece("accuracy against seconds", 3),
+    "loss": Piece("the losses at up to 131,072 rows", 1),
+    "simulate": Piece("rank 0's share of a step of several GPUs, with messages of assumed times", 4.5),
+    "two_ranks": Piece("two NCCL ranks on this GPU: captured, ended, killed", 4.5),
 }
 
 
@@ -48,7 +51,7 @@ def main() -> int:
     parser.add_argument("--test-data", type=Path, help="default: test.beton beside it")
     parser.add_argument("--preset", default="fast-simclr")
     parser.add_argument("--seeds", nargs="+", default=["0"])
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all pieces that are asked for")
+    parser.add_argument("--minutes", type=float, help="for all pieces that are asked for together")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks" / "gpu")
     parser.add_argument("--again", action="store_true", help="also what has been done")
     parser.add_argument("--quick", action="store_true", help="in miniature, also without a GPU; not to be quoted")
@@ -60,8 +63,9 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     states = {}
     asked = {name: PIECES[name] for name in PIECES if name in (options.pieces or PIECES)}
+    whole = sum(piece.minutes for piece in asked.values())
     for piece, (what, share) in asked.items():
-        minutes = options.minutes * share / sum(other.share for other in asked.values())
+        minutes = share if options.minutes is None else options.minutes * share / whole
         name = f"accuracy-{options.preset}" if piece == "accuracy" else piece
         result = options.output / f"{name}.json"
         if result.exists() and not options.again:
@@ -82,9 +86,9 @@ def main() -> int:
 def command(piece: str, result: Path, options: argparse.Namespace, minutes: float) -> list[str]:
     """Return the command that runs a piece."""
     words = [sys.executable, "-m", f"benchmarks.gpu.{piece}", "--output", str(result)]
-    if piece == "check":
+    if piece in {"check", "simulate"}:
         words += ["--minutes", str(minutes)]
-    if piece == "step":
+    if piece in {"step", "simulate"}:
         words += ["--preset", options.preset]
     if piece == "accuracy":
         test_data = options.test_data or options.data.with_name("test.beton")
