@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from simclr import evaluation, report
+from simclr import evaluation, files, report, system
 from simclr.command_line import parse_probe_config
 from simclr.config import ProbeConfig
 from simclr.data import ImageSource
 from simclr.evaluation import Batches, Candidate, Classifier, Curve, Features
 from simclr.models import SimCLR
 from simclr.report import ProbeResult, Row, Scores, Trial
-from simclr.run import checkpoint, files, host, launch, runlog
+from simclr.run import checkpoint, launch, runlog
 from simclr.run.probe import Probe, open_probe
 
 
@@ -355,7 +355,7 @@ def say_result(result: ProbeResult, path: Path) -> None:
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
-    host.outlive_readers()
+    system.outlive_readers()
     try:
         if (started := launch.from_environment("WORLD_SIZE", 1)) > 1:
             raise ValueError(

@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simclr import distributed, evaluation, losses
+from simclr import distributed, evaluation, files, losses, system
 from simclr.command_line import parse_train_config
 from simclr.config import TrainConfig, to_json
 from simclr.data import validation_split
 from simclr.evaluation import DivergedError, Features, can_measure_knn
 from simclr.optim import set_learning_rate
-from simclr.run import checkpoint, dry_run, files, host, launch, memory
+from simclr.run import checkpoint, dry_run, launch, memory
 from simclr.run.devices import forward_dtype, join
 from simclr.run.interruption import EXIT_SAVED, Interrupted, Signals
 from simclr.run.meter import Meter
@@ -163,7 +163,7 @@ def whole_batch(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_micro_batches(run: Run, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same with some images at a time in the encoder: see :mod:`simclr.fast.recompute`."""
+    """Do the same with some images at a time in the encoder: see :mod:`simclr.step.recompute`."""
     assert run.config.speed.micro_batch_size is not None
     model, parts = run.plain_model, torch.split(views, 2 * run.config.speed.micro_batch_size)
     with run.accelerator.autocast():
@@ -303,7 +303,7 @@ def save(run: Run, *, is_best: bool) -> None:
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
-    host.outlive_readers()
+    system.outlive_readers()
     is_dry, words = dry_run.take_option(sys.argv[1:])
     conclude(parse_train_config(words, description=__doc__), is_dry=is_dry)
 

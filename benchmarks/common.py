@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from simclr import beton
+from simclr import beton, files
 from simclr.run import runlog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,7 +200,7 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
     del environment["platform"]
     environment["threads"] = torch.get_num_threads()
     path.parent.mkdir(parents=True, exist_ok=True)
-    runlog.write_json(path, {"environment": environment, **values})
+    files.write_json(path, {"environment": environment, **values})
 
 
 def table(timings: Mapping[str, Timing], *, images: int, against: str | None = None) -> str:

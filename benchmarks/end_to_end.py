@@ -41,12 +41,12 @@ from data_prep import shapes
 from data_prep.convert import Storage, convert
 from data_prep.find import find
 from data_prep.image_folder import image_folder
+from simclr import system
 from simclr.beton import Facts
 from simclr.config import TrainConfig, derive
 from simclr.models import SimCLR
 from simclr.optim import make_optimizer, set_learning_rate
 from simclr.presets import PRESETS
-from simclr.run import host
 from simclr.views import size_at
 
 OURS, PLAIN = "train_simclr", "a plain script"
@@ -197,7 +197,7 @@ class Ours:
 
     def epoch(self) -> float:
         """Train; return the seconds."""
-        host.keep_freed_memory()
+        system.keep_freed_memory()
         stop = self.run.progress.step + self.run.derived.steps_per_epoch
         config = dataclasses.replace(self.run.config, stop_at_step=stop)
         started = time.perf_counter()
@@ -229,7 +229,7 @@ class Plain:
             config.global_batch_size,
             shuffle=True,
             drop_last=True,
-            num_workers=host.usable_cores(),
+            num_workers=system.usable_cores(),
             pin_memory=device.type == "cuda",
             multiprocessing_context="fork",
         )

@@ -27,9 +27,9 @@ from torch import Tensor
 from benchmarks import common
 from simclr import beton
 from simclr.data import EpochPlan, ImageSource, open_images
-from simclr.fast.fused_views import FusedViews
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 from simclr.views import ViewSpec, two_views
+from simclr.views.fused_views import FusedViews
 
 SPEC = ViewSpec()
 CORES = usable_cores()

@@ -28,16 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
 from benchmarks import common
+from simclr import system
 from simclr.config import SpeedConfig, TrainConfig
-from simclr.fast.feed import AHEAD, Ahead, ViewFeed
-from simclr.fast.fused_views import FusedViews
 from simclr.models import SimCLR
 from simclr.presets import PRESETS
-from simclr.run import host, opening
+from simclr.run import opening
 from simclr.run.devices import forward_dtype
 from simclr.run.interruption import Signals
 from simclr.run.opening import Run
 from simclr.run.peers import Peers
+from simclr.views.fused_views import FusedViews
+from simclr.views.pipeline import AHEAD, Ahead, ViewFeed
 
 OURS = "train_simclr"
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -143,7 +144,7 @@ def prepare(
     view_1, view_2 = (view.float().contiguous(memory_format=torch.contiguous_format) for view in views.chunk(2))
 
     def ours() -> None:
-        host.keep_freed_memory()
+        system.keep_freed_memory()
         train_simclr.train_step(run, views)
 
     def ours_giving_back() -> None:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from data_prep.convert import ConversionError, Storage, convert
-from simclr import beton
-from simclr.run import files, host
+from simclr import beton, files, system
 
 Stored = tyro.conf.OmitArgPrefixes[Storage]
 _AS_IT_IS = Storage()
@@ -199,5 +198,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    host.outlive_readers()
+    system.outlive_readers()
     sys.exit(main())

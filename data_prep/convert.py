@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import simclr
 from simclr import beton
-from simclr.run.files import explain_write_error
-from simclr.run.host import usable_cores
+from simclr.files import explain_write_error
+from simclr.system import usable_cores
 
 Chunk = tuple[NDArray[np.uint8], NDArray[np.int64]]
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from data_prep.convert import (
 )
 from data_prep.find import Found, Tree, as_text
 from data_prep.read_image import Loaded, read_image
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 
 UNREADABLE = "unreadable-images.txt"
 _CHUNK = 64

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from data_prep.convert import Chunk, ConversionError, Source, map_in_order
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 
 SIZE = 32
 VERSION = 1  # of the drawing: any change of a pixel makes another data set

@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from data_prep.convert import Chunk, ConversionError, Source
 from data_prep.read_image import resize_and_crop
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 
 _FILTER: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # without it, newer Pythons warn
 _CHUNK = 1024

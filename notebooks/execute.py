@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from simclr.run.files import atomic_write
+from simclr.files import atomic_write
 
 NOTEBOOK = Path(__file__).resolve().parent / "assignment.ipynb"
 REPOSITORY = NOTEBOOK.parents[1]

@@ -18,8 +18,11 @@ from tyro.conf import OmitArgPrefixes
 from simclr import parts, schema
 from simclr.distributed import divisible_batches
 from simclr.losses import KernelChoice, NTXentForm
+from simclr.losses import LossConfig as LossConfig
 from simclr.models import ModelConfig, require_known_encoder
-from simclr.optim import learning_rate_at
+from simclr.optim import Momentum
+from simclr.optim import OptimizerConfig as OptimizerConfig
+from simclr.schedule import learning_rate_at
 from simclr.schema import Count, Must, NotNegative, Positive, Seed, Size, require
 from simclr.schema import from_json as from_json
 from simclr.schema import from_values as from_values
@@ -28,76 +31,9 @@ from simclr.views import ViewSpec
 
 Batch = Annotated[Size, Must(lambda value: value >= 2, "at least 2, since an image is compared with others")]
 Timeout = Annotated[float, Must(lambda value: 0 < value <= 1e9, "> 0, and at most 1e9")]
-ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
-Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
 Fraction = Annotated[float, Must(lambda value: 0 < value <= 1, "above 0, and at most 1")]
 Loader = Literal["auto", "ffcv", "memory"]
 CompileChoice = Literal["auto", "none", "default", "graph", "graph-compiled"]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The objective."""
-
-    name: str = "nt_xent"
-    """nt_xent (SimCLR), barlow_twins (Barlow Twins), or one that --parts registers."""
-
-    temperature: Positive = 0.5
-    """nt_xent's temperature tau, unitless."""
-
-    off_diagonal_weight: NotNegative = 5e-3
-    """barlow_twins' weight lambda of the off-diagonal terms, unitless."""
-
-    scale: Positive = 1.0
-    """The loss is multiplied by this. It matters to SGD, and to LARS for what it does not adapt."""
-
-    bf16_matmul: bool = False
-    """Whether nt_xent rounds the factors of its matrix products to bfloat16."""
-
-    settings: tuple[tuple[str, float], ...] = ()
-    """Keyword arguments of an objective of your own, such as margin 0.2."""
-
-    def describe(self) -> str:
-        """Return objective and settings in one line."""
-        said = [f"{self.name}, of the run's own parts", *(f"{name} {value:g}" for name, value in self.settings)]
-        if self.name == "nt_xent":
-            said = [f"nt_xent, temperature {self.temperature:g}"]
-        elif self.name == "barlow_twins":
-            said = [f"barlow_twins, off-diagonal weight {self.off_diagonal_weight:g}, centred"]
-        return ", ".join([*said, *([f"times {self.scale:g}"] if self.scale != 1 else [])])
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its learning-rate schedule, a pure function of the step."""
-
-    name: Literal["sgd", "lars", "adamw", "muon"] = "sgd"
-    """sgd, lars (for large batches), adamw, or muon (for few epochs)."""
-
-    base_learning_rate: Positive = 0.03
-    """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
-
-    momentum: Momentum = 0.9
-    """sgd, lars and muon: momentum. adamw: beta 1."""
-
-    weight_decay: NotNegative = 5e-4
-    """adamw and muon: decoupled, times the learning rate. sgd and lars: added to the gradient."""
-
-    decay_biases_and_norms: bool = False
-    """Whether weight decay (and LARS's adaptation) also holds for biases and normalisation parameters, that is for
-    parameters of fewer than two dimensions."""
-
-    warmup_epochs: NotNegative = 0.0
-    """The learning rate rises linearly to its peak over this long, then falls to 0 by a cosine."""
-
-    lars_trust_coefficient: Positive = 1e-3
-    """LARS's eta."""
-
-    lars_clip: bool = False
-    """Whether LARS's factor is limited so that no layer's learning rate exceeds the schedule's (LARC)."""
-
-    gradient_clip_norm: ClipNorm | None = None
-    """Global l2 norm to which the gradient is clipped."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +247,7 @@ class Derived:
     peak_learning_rate: float
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, from 0: see :func:`simclr.optim.learning_rate_at`."""
+        """Return the learning rate of a step, from 0: see :func:`simclr.schedule.learning_rate_at`."""
         return learning_rate_at(
             step, peak=self.peak_learning_rate, total_steps=self.total_steps, warmup_steps=self.warmup_steps
         )

@@ -37,10 +37,10 @@ from data_prep.convert import map_in_order
 from data_prep.find import Found, all_images, as_text
 from data_prep.image_folder import describe_outcome, describe_unreadable, list_unreadable
 from data_prep.read_image import Loaded, read_image
-from simclr import beton, parts
+from simclr import beton, files, parts, system
 from simclr.evaluation import DivergedError, combined_sha256, fingerprint
 from simclr.export import WEIGHTS, Encoder, load_encoder, metadata_of
-from simclr.run import checkpoint, files, host, launch
+from simclr.run import checkpoint, launch
 from simclr.schema import Size
 from simclr.views import plain_view
 
@@ -201,7 +201,7 @@ def compute(
     reasons: dict[Path, str] = {}
     started, number, computed = time.perf_counter(), len(images.names), 0
     with (
-        ThreadPoolExecutor(host.usable_cores()) as pool,
+        ThreadPoolExecutor(system.usable_cores()) as pool,
         tqdm(total=number, unit=" images", disable=None) as progress,
     ):
         start = 0
@@ -348,12 +348,12 @@ def _device(name: str | None) -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is not None and not launch.cpu_is_asked_for():
         return found
-    host.keep_freed_memory()
+    system.keep_freed_memory()
     return torch.device("cpu")
 
 
 if __name__ == "__main__":
-    host.outlive_readers()
+    system.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.embed", description=__doc__))
     except ValueError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from simclr import distributed
 from simclr.config import ProbeConfig
 from simclr.data import EpochPlan
-from simclr.optim import learning_rate_at
+from simclr.schedule import learning_rate_at
 from simclr.unit_length import unit_rows
 from simclr.views import View, plain_view
 

@@ -1,4 +1,4 @@
-"""Optimizers, which parameters they decay, and the learning rate as a function of the step."""
+"""Optimizers, their settings, and which parameters they decay."""
 
 from __future__ import annotations
 
@@ -6,44 +6,52 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr import distributed
-
-if TYPE_CHECKING:
-    from simclr.config import OptimizerConfig
+from simclr.schema import Must, NotNegative, Positive
 
 Work = TypeVar("Work")
+ClipNorm = Annotated[float, Must(lambda value: value > 0, "> 0, or None for no clipping")]
+Momentum = Annotated[float, Must(lambda value: 0 <= value < 1, "in [0, 1)")]
 
 
-def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0) -> float:
-    """Return the learning rate of optimizer step ``step``: linear warm-up, then a cosine that tends to 0.
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule, a pure function of the step."""
 
-    Args:
-        step: From 0 to ``total_steps - 1``.
-        peak: Learning rate at the end of the warm-up.
-        total_steps: Steps of the whole run.
-        warmup_steps: The rate is ``peak * (step + 1) / warmup_steps`` for this many steps.
+    name: Literal["sgd", "lars", "adamw", "muon"] = "sgd"
+    """sgd, lars (for large batches), adamw, or muon (for few epochs)."""
 
-    Raises:
-        ValueError: If ``step`` lies outside the run, or the warm-up is longer than it.
+    base_learning_rate: Positive = 0.03
+    """Per 256 source images: peak learning rate = base_learning_rate * global_batch_size / 256."""
 
-    Source:
-        Goyal et al. 2017, arXiv:1706.02677, section 2.2 (warm-up); Loshchilov & Hutter 2017, arXiv:1608.03983,
-        equation 5 without restarts.
-    """
-    if not 0 <= step < total_steps:
-        raise ValueError(f"step {step} lies outside the run's steps 0 to {total_steps - 1}")
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps is {warmup_steps}, expected at least 0 and less than total_steps {total_steps}")
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
+    momentum: Momentum = 0.9
+    """sgd, lars and muon: momentum. adamw: beta 1."""
+
+    weight_decay: NotNegative = 5e-4
+    """adamw and muon: decoupled, times the learning rate. sgd and lars: added to the gradient."""
+
+    decay_biases_and_norms: bool = False
+    """Whether weight decay (and LARS's adaptation) also holds for biases and normalisation parameters, that is for
+    parameters of fewer than two dimensions."""
+
+    warmup_epochs: NotNegative = 0.0
+    """The learning rate rises linearly to its peak over this long, then falls to 0 by a cosine."""
+
+    lars_trust_coefficient: Positive = 1e-3
+    """LARS's eta."""
+
+    lars_clip: bool = False
+    """Whether LARS's factor is limited so that no layer's learning rate exceeds the schedule's (LARC)."""
+
+    gradient_clip_norm: ClipNorm | None = None
+    """Global l2 norm to which the gradient is clipped."""
 
 
 class _Skippable(torch.optim.Optimizer):

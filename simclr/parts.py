@@ -20,13 +20,9 @@ import types
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from simclr.models import ModelConfig
-    from simclr.views import View
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -69,11 +65,10 @@ class Registry(Generic[Function]):
         return self._own[name]
 
 
-PROJECTORS: Registry[Callable[[int, ModelConfig], nn.Module]] = Registry(
-    "projector", ("simclr2", "simclr3", "barlow3", "none")
-)
+# What each takes is typed where it is called, in rooms above this one.
+PROJECTORS: Registry[Callable[[int, Any], nn.Module]] = Registry("projector", ("simclr2", "simclr3", "barlow3", "none"))
 OBJECTIVES: Registry[Callable[..., Tensor]] = Registry("objective", ("nt_xent", "barlow_twins"))
-VIEWS: Registry[Callable[[Tensor, View], Tensor]] = Registry("views", ("standard",))
+VIEWS: Registry[Callable[[Tensor, Any], Tensor]] = Registry("views", ("standard",))
 
 register_projector = PROJECTORS.register
 """Decorates ``(representation_dim, config) -> module``; see :func:`simclr.models.make_projector`."""

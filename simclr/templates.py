@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from simclr.system import say_duration
+
 
 def render(path: Path, filters: dict[str, Callable[..., Any]], **values: Any) -> str:
     """Return the text of a template, in which at most one line in a row is empty.
@@ -28,15 +30,6 @@ def render(path: Path, filters: dict[str, Callable[..., Any]], **values: Any) ->
     )
     templates.filters |= {"count": "{:,}".format, "percent": percent, "duration": say_duration} | filters
     return re.sub(r"\n{3,}", "\n\n", templates.get_template(path.name).render(**values))
-
-
-def say_duration(seconds: float) -> str:
-    """Return a duration in words, such as "6 min 40 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def percent(value: float | None) -> str:

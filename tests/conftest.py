@@ -46,7 +46,7 @@ QUICK_FILES = [
     "test_export",
     "test_faults",
     "test_helpers",
-    "test_host",
+    "test_system",
     "test_hosts",
     "test_launch",
     "test_native",

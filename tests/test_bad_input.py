@@ -24,11 +24,11 @@ from torchvision import datasets
 import linear_probe
 from data_prep import __main__ as data_prep
 from data_prep import torchvision_sets
-from simclr import beton
+from simclr import beton, files
 from simclr.beton import BetonError
 from simclr.config import OptimizerConfig, ProbeConfig, SpeedConfig, TrainConfig, derive
 from simclr.data import open_images
-from simclr.run import checkpoint, files, runlog
+from simclr.run import checkpoint, runlog
 from simclr.run.runlog import RunLog, read_metrics
 from tests.helpers import as_nobody, run_on_small_disk, run_python
 from tests.runs import SMALL, train_here
@@ -142,7 +142,7 @@ def test_places_without_rights_are_named_at_once(images: Path, tmp_path: Path, f
 LOG_ON_A_FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from simclr.run import files
+from simclr import files
 from simclr.run.runlog import RunLog
 with files.explain_refusals(), RunLog(Path(sys.argv[1]), is_main=True, total_steps=99) as log:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -21,6 +21,7 @@ from timm.models import _registry
 from torch import Tensor, nn
 
 from data_prep.read_image import Loaded, read_image
+from simclr import files
 from simclr.config import TrainConfig, to_json
 from simclr.evaluation import combined_sha256, fingerprint
 from simclr.export import CARD, CONFIG, ONNX, PROGRAM, WEIGHTS, Options, load_encoder, main
@@ -86,7 +87,7 @@ def write_probe(folder: Path, sha256: str, accuracy: float) -> None:
         "environment": {"date": "2026-01-02T03:04:05", "hardware": "a computer", "command": "linear_probe.py --run x"},
     }
     folder.mkdir()
-    runlog.write_json(folder / "probe.json", found)
+    files.write_json(folder / "probe.json", found)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_probe(run / "probe-linear", combined_sha256(fingerprint(model.encoder)), 76.54)
     write_probe(run / "probe-earlier", "0" * 64, 99.99)
     manifest = {"environment": {"hardware": "a GPU", "date": "2026-01-01T", "commit": "abc", "command": "train.py"}}
-    runlog.write_json(run / runlog.MANIFEST, manifest | {"sessions": []})
+    files.write_json(run / runlog.MANIFEST, manifest | {"sessions": []})
     assert main(Options(run, license="mit")) == run / "encoder"
     assert sorted(path.name for path in (run / "encoder").iterdir()) == sorted({CARD, CONFIG, ONNX, PROGRAM, WEIGHTS})
     return run / "encoder"

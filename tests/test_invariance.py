@@ -20,8 +20,8 @@ from torch import Tensor
 
 from simclr import distributed
 from simclr.config import LossConfig, SpeedConfig, TrainConfig
-from simclr.fast.tiled import TILE
 from simclr.losses import barlow_twins, choose_nt_xent, nt_xent
+from simclr.losses.tiles import TILE
 from simclr.views import ViewSpec, two_views
 from tests.helpers import run_distributed
 from tests.test_losses import barlow_twins_by_the_paper, nt_xent_by_the_paper, projections, value_and_gradients

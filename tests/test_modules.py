@@ -1,68 +1,78 @@
-"""The method can be read, and used, without the machinery around it: what imports what is held here."""
+"""The floors of the house: a module imports what stands on its own floor or below, and no import runs in a circle."""
 
 from __future__ import annotations
 
 import ast
-
-import pytest
+import functools
+import graphlib
+import re
 
 from tests.helpers import ROOT
 
-PACKAGE = ROOT / "simclr"
-METHOD = frozenset(
-    {"batch_norm", "config", "data", "distributed", "evaluation", "losses", "models", "optim", "parts", "presets"}
-    | {"schema", "small_resnet", "unit_length", "views", "views.parameters", "views.pixels"}
-)
-DOORS = {"losses": {"fast.tiled"}, "data": {"fast.ffcv_source"}}
-"""What a module of the method may import of the machinery, within the function that chooses."""
+FLOORS = [
+    {"distributed", "files", "schedule", "schema", "system", "templates", "unit_length", "small_resnet"},
+    {"beton", "parts"},
+    {"batch_norm", "data", "losses", "models", "optim", "views"},
+    {"config", "presets", "command_line"},
+    {"evaluation", "step"},
+    {"run"},
+    {"report", "export", "embed"},
+    {"train_simclr", "linear_probe", "data_prep", "hubconf"},
+]
+"""From the ground up; a folder is one room. docs/design.md says what is in each."""
+
+READS_IMAGES = {("embed", "data_prep")}
+"""What may look up: representations of a folder are of images read as the conversion reads them."""
 
 
-def imported_by(source: str) -> set[str]:
-    """Modules of this package that a text imports, wherever in it, without "simclr."."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.removeprefix("simclr.") for name in found if name.startswith("simclr.")}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Each module -> the modules of this project that it imports: at once, for types, or in a function."""
+    paths = [*(ROOT / "simclr").rglob("*.py"), *(ROOT / "data_prep").glob("*.py"), *ROOT.glob("*.py")]
+    names = {re.sub(r"(/__init__)?\.py$", "", str(path.relative_to(ROOT))).replace("/", "."): path for path in paths}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names} & set(names)
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {each if each in names else node.module for each in wanted} & set(names)
+    return {name: others - {name, "simclr"} for name, others in found.items() if name != "simclr"}
 
 
-def folders(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
+def room(module: str) -> str:
+    return module.removeprefix("simclr.").split(".")[0]
 
 
-def read(module: str) -> str:
-    path = PACKAGE / module.replace(".", "/")
-    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+def test_every_room_stands_on_a_floor() -> None:
+    assert {room(module) for module in imports()} == set().union(*FLOORS)
 
 
-@pytest.mark.parametrize("module", sorted(METHOD))
-def test_the_method_imports_no_machinery(module: str) -> None:
-    imported = imported_by(read(module))
-    doors = DOORS.get(module, set())
-    through = {name for name in imported for door in doors if f"{name}.".startswith(f"{door}.")}
-    assert folders(imported - through) & {"fast", "run", "report", "export", "command_line", "embed"} == set()
-    at_the_top = {node for node in ast.parse(read(module)).body if isinstance(node, ast.ImportFrom)}
-    assert not any("simclr.fast" in str(node.module) for node in at_the_top)
+def test_nothing_is_imported_from_a_floor_above() -> None:
+    floor = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
+    upward = {
+        (room(module), room(other))
+        for module, others in imports().items()
+        for other in others
+        if floor[room(other)] > floor[room(module)]
+    }
+    assert upward == READS_IMAGES
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in (PACKAGE / "fast").glob("[a-z]*.py")))
-def test_what_is_fast_imports_the_method_and_not_what_keeps_a_run_alive(module: str) -> None:
-    imported = imported_by(read(f"fast.{module}")) - {"run", "run.host", "run.host.usable_cores"}
-    assert folders(imported) & {"run", "report", "export"} == set()
+def test_no_import_runs_in_a_circle_between_rooms() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, others in imports().items():
+        rooms.setdefault(room(module), set()).update(room(other) for other in others)
+    graph = {name: {o for o in others if o != name and (name, o) not in READS_IMAGES} for name, others in rooms.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_every_spelling_of_an_import_is_seen() -> None:
-    for line in (
-        "import simclr.run.peers",
-        "from simclr.run import files, peers",
-        "from simclr.run.peers import Peers",
-        "from simclr import views, run",
-    ):
-        assert "run" in folders(imported_by(f"def f():\n    {line}\n"))
-
-
-def test_no_part_of_the_method_is_left_out() -> None:
-    of_views = {f"views.{path.stem}" for path in (PACKAGE / "views").glob("[a-z]*.py")}
-    assert {name for name in METHOD if name.startswith("views.")} == of_views
+def test_training_does_not_import_what_only_reports_need() -> None:
+    reached, waiting = set(), {"train_simclr"}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting |= imports()[module] - reached
+    assert {room(module) for module in reached} & {"report", "export", "embed", "templates", "data_prep"} == set()

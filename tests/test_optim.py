@@ -19,12 +19,12 @@ from simclr.optim import (
     Muon,
     _shares,
     describe_groups,
-    learning_rate_at,
     make_optimizer,
     orthogonalise,
     parameter_groups,
     set_learning_rate,
 )
+from simclr.schedule import learning_rate_at
 from tests.helpers import run_distributed
 
 # -------------------------------------------------------------------------------------------- learning rate

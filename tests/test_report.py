@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import linear_probe
-from simclr import beton, report, templates
+from simclr import beton, report
 from simclr.beton import Facts
 from simclr.config import LossConfig, ProbeConfig, TrainConfig
 from simclr.data import open_images
@@ -30,6 +30,7 @@ from simclr.evaluation import Candidate, Curve, Features
 from simclr.models import ModelConfig
 from simclr.report import Pictures, ProbeResult, Row, Scores, Trial, figures, health, page, pictures
 from simclr.report.pictures import Map, Neighbours, ViewPairs
+from simclr.system import say_duration
 from simclr.views import ViewSpec, describe
 
 CLASSES = ("cat", "dog", "a|b", "<frog> & co")
@@ -575,7 +576,7 @@ def test_the_top_of_the_report_says_how_the_run_is(tmp_path: Path) -> None:
 
 def test_durations_in_words() -> None:
     said = {7.25: "7.2 s", 59.99: "60.0 s", 400: "6 min 40 s", 7260: "2 h 01 min"}
-    assert {seconds: templates.say_duration(seconds) for seconds in said} == said
+    assert {seconds: say_duration(seconds) for seconds in said} == said
 
 
 def test_own_photographs_are_not_compared_with_published_numbers(written: Path, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from simclr import beton, evaluation, losses
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from simclr.data import EpochPlan, open_images, validation_split
 from simclr.evaluation import DivergedError
-from simclr.fast.recompute import recompute_blocks
 from simclr.models import ModelConfig, SimCLR
-from simclr.optim import learning_rate_at
 from simclr.run import checkpoint, opening
 from simclr.run.devices import require_world_size
 from simclr.run.meter import collapse_measures
 from simclr.run.runlog import read_metrics
+from simclr.schedule import learning_rate_at
+from simclr.step.recompute import recompute_blocks
 from simclr.views import ViewSpec, two_views
 from tests.helpers import RankError, run_python
 from tests.runs import SMALL, is_equal, lines, train_on, type_command, weights, write_shapes

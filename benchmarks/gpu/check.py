@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from benchmarks import common
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 
 
 def main() -> int:

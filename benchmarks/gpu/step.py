@@ -32,8 +32,8 @@ from simclr.config import SpeedConfig, TrainConfig
 from simclr.losses import nt_xent
 from simclr.models import SimCLR
 from simclr.presets import PRESETS
-from simclr.run.host import usable_cores
 from simclr.run.opening import Run
+from simclr.system import usable_cores
 
 
 class Variant(NamedTuple):

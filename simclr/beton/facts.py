@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simclr.beton.format import Encoding
-from simclr.run.files import PathLike
+from simclr.files import PathLike
 from simclr.schema import Count, Must, Share, Size, from_values
 
 HOW_TO_CONVERT = "To make the file and its sidecar, see: python -m data_prep --help (add --force to replace them)"

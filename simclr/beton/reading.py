@@ -39,7 +39,7 @@ from simclr.beton.format import (
     digest_sample,
     new_digest,
 )
-from simclr.run.files import PathLike
+from simclr.files import PathLike
 
 Samples = NDArray[np.uint8] | list[bytes]  # raw: (m, h * w * 3); jpeg: m streams
 _CHUNK_BYTES = 32 << 20

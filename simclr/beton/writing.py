@@ -16,6 +16,7 @@ from typing import IO, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simclr import files
 from simclr.beton.facts import About, BetonError, Facts, count_classes, facts_as_json, sidecar_path
 from simclr.beton.format import (
     ALLOCATION,
@@ -35,8 +36,7 @@ from simclr.beton.format import (
     round_up,
 )
 from simclr.beton.reading import describe
-from simclr.run import files
-from simclr.run.files import PathLike
+from simclr.files import PathLike
 
 
 class Writer:

@@ -31,14 +31,14 @@ import tyro
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from simclr import parts
+from simclr import files, parts, system
 from simclr.evaluation import Normalisation
 from simclr.export import model_card
 from simclr.export.timm_alone import TimmAlone, timm_alone
+from simclr.files import PathLike
 from simclr.models import Stem, make_encoder
-from simclr.run import checkpoint, files, host
+from simclr.run import checkpoint
 from simclr.run.checkpoint import CheckpointError, Pretrained
-from simclr.run.files import PathLike
 from simclr.schema import Size
 
 FOLDER = "encoder"
@@ -369,7 +369,7 @@ def main(options: Options) -> Path:
 
 def cli() -> None:
     """Run :func:`main` with the options of the command line."""
-    host.outlive_readers()
+    system.outlive_readers()
     try:
         main(tyro.cli(Options, prog="python -m simclr.export", description=__doc__))
     except ValueError as error:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from simclr.beton import Facts
 from simclr.config import ProbeConfig
 from simclr.evaluation import Candidate
+from simclr.files import write_json
 from simclr.report.figures import MOST_IN_LEGEND, MOST_NAMED_CLASSES, draw_all
 from simclr.report.health import duration_of, findings
 from simclr.report.page import require_pdf, write_page, write_pdf
 from simclr.report.pictures import Pictures, find_neighbours, make_map, view_pairs
 from simclr.report.results import ProbeResult, Row, Scores, Trial, to_plain
 from simclr.run.checkpoint import CLASSIFIER
-from simclr.run.runlog import RESULT, write_json
+from simclr.run.runlog import RESULT
 from simclr.templates import percent as _percent
 from simclr.views import describe, say_view_stages
 

@@ -22,14 +22,15 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
+from simclr import files, system
 from simclr.beton import Facts
 from simclr.config import TrainConfig, from_values, settings_of
 from simclr.report.figures import Band, draw, draw_bands, measured
 from simclr.report.health import duration_of
 from simclr.report.page import write_page
-from simclr.run import files, host, runlog
+from simclr.run import runlog
 from simclr.run.resuming import FREE_TO_CHANGE
-from simclr.templates import say_duration
+from simclr.system import say_duration
 
 NAME = "compare"
 # Settings of an evaluation that change no number, or by the seed's chance only.
@@ -303,7 +304,7 @@ def _shown(value: Any) -> str:
 
 def cli() -> None:
     """Run :func:`compare` with the options of the command line."""
-    host.outlive_readers()
+    system.outlive_readers()
     try:
         with files.explain_refusals():
             print(compare(tyro.cli(CompareConfig, description=__doc__)))

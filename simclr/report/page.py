@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simclr import templates
+from simclr import files, templates
 from simclr.beton import Facts
 from simclr.report.figures import Panel
-from simclr.run import files
 
 
 def write_page(folder: Path, name: str, figures: Mapping[str, Sequence[Panel]], **values: Any) -> str:

@@ -8,18 +8,18 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from simclr import losses
+from simclr import files, losses
 from simclr.config import Derived, TrainConfig, to_json
 from simclr.data import ImageSource
 from simclr.evaluation import can_measure_knn
-from simclr.fast.captured import Way
-from simclr.fast.feed import ViewFeed
 from simclr.models import SimCLR, count_parameters
 from simclr.optim import describe_groups, parameter_groups
-from simclr.run import checkpoint, files, runlog
+from simclr.run import checkpoint, runlog
 from simclr.run.devices import parameter_dtype
 from simclr.run.resuming import Progress
+from simclr.step.captured import Way
 from simclr.views import describe, say_view_stages
+from simclr.views.pipeline import ViewFeed
 
 
 def say_start(
@@ -126,7 +126,7 @@ def write_manifest(
     before = runlog.read_manifest(config.folder) if progress.step else None
     sessions = [*(before or {}).get("sessions", []), session]
     files.replace(config.folder / runlog.CONFIG, to_json(config))
-    runlog.write_json(
+    files.write_json(
         path,
         {
             **session,

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, TrainConfig, from_json, to_json
 from simclr.evaluation import Classifier
+from simclr.files import PathLike, atomic_write
 from simclr.models import SimCLR, make_encoder
-from simclr.run.files import PathLike, atomic_write
 
 SCHEMA = 3
 LAST = "checkpoint_last.pt"
@@ -84,7 +84,7 @@ def save_atomically(path: PathLike, payload: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: PathLike) -> Iterator[io.BufferedRandom]:
-    """Open a new file as :func:`simclr.run.files.atomic_write` does.
+    """Open a new file as :func:`simclr.files.atomic_write` does.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written; the old file stays.

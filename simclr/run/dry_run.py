@@ -24,7 +24,7 @@ from simclr import evaluation
 from simclr.run import memory
 from simclr.run.interruption import Interrupted
 from simclr.run.opening import Run
-from simclr.templates import say_duration
+from simclr.system import say_duration
 from simclr.views import size_at
 
 OPTION = "--dry-run"

@@ -17,27 +17,27 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from simclr import distributed, parts
+from simclr import distributed, parts, system
 from simclr.batch_norm import groups_of
 from simclr.beton import Facts, load_facts
 from simclr.config import Derived, TrainConfig, derive, settings_of
 from simclr.data import EpochPlan, ImageSource, open_images
 from simclr.evaluation import DivergedError
-from simclr.fast.captured import Captured, Way, choose_way
-from simclr.fast.feed import ViewFeed
-from simclr.fast.recompute import recompute_blocks, require_independent_images
 from simclr.models import SimCLR, use_global_batch_norm
 from simclr.optim import make_optimizer
-from simclr.run import checkpoint, host, launch, runlog
+from simclr.run import checkpoint, launch, runlog
 from simclr.run.announcing import say_start, write_manifest
 from simclr.run.checkpoint import CheckpointError, CheckpointWriter
 from simclr.run.devices import choose_precision, forward_dtype, parameter_dtype, start_devices, tracked
-from simclr.run.finite import Guard
 from simclr.run.interruption import Interrupted
 from simclr.run.peers import Peers
 from simclr.run.resuming import Progress, resume
 from simclr.run.runlog import RunLog, Status
+from simclr.step.captured import Captured, Way, choose_way
+from simclr.step.nonfinite import Guard
+from simclr.step.recompute import recompute_blocks, require_independent_images
 from simclr.views import whole_stages
+from simclr.views.pipeline import ViewFeed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def open_run(
     accelerator, precision_reason = start_devices(config)
     is_main = accelerator.is_main_process
     writes = is_main and not is_dry
-    kept_memory = host.keep_freed_memory() if accelerator.device.type == "cpu" else None
+    kept_memory = system.keep_freed_memory() if accelerator.device.type == "cpu" else None
     with open_images(config.data, backend=config.speed.loader, device=images_on or accelerator.device) as source:
         size = image_size(source.facts, config.data)
         derived = derive(config, source.facts.num_images, accelerator.num_processes)

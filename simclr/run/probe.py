@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simclr import beton, parts
+from simclr import beton, parts, system
 from simclr.beton import Facts
 from simclr.config import ProbeConfig, default_num_validation
 from simclr.data import ImageSource, few_labels, open_images, validation_split
 from simclr.evaluation import Candidate
-from simclr.run import host, launch, runlog
+from simclr.run import launch, runlog
 from simclr.run.checkpoint import BEST, LAST, Pretrained, load_pretrained, require_safe_loading
 
 LARGEST_PIXEL_FEATURES = 4 << 30
@@ -139,7 +139,7 @@ def choose_device(config: ProbeConfig) -> torch.device:
         )
     if torch.cuda.is_available() and not launch.cpu_is_asked_for():
         return torch.device("cuda")
-    host.keep_freed_memory()
+    system.keep_freed_memory()
     return torch.device("cpu")
 
 

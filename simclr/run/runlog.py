@@ -30,10 +30,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from simclr.run import files
-from simclr.run.host import outlive_readers, usable_cores
+from simclr import files
 from simclr.run.interruption import Interrupted
 from simclr.run.memory import host_memory
+from simclr.system import outlive_readers, usable_cores
 
 SECONDS_BETWEEN_LINES = 30
 METRICS = "metrics.jsonl"
@@ -222,7 +222,7 @@ class Status:
         if not (self._is_main and self._is_ours()):
             return
         content = {"state": state, "step": self._step, "total_steps": self._total_steps, "reason": reason}
-        write_json(self._path, content)
+        files.write_json(self._path, content)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -336,22 +336,6 @@ def _is_free(lock: Path) -> bool:
             return files.lock(file, shared=True)
     except OSError as error:
         return isinstance(error, FileNotFoundError)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that ``path`` is at every moment either the old file or the whole new one. Paths become text.
-
-    Raises:
-        TypeError: If ``value`` holds anything else that JSON cannot.
-        ValueError: If it holds a number that is not finite.
-    """
-
-    def path_as_text(entry: object) -> str:
-        if isinstance(entry, Path):
-            return str(entry)
-        raise TypeError(f"a {type(entry).__name__} cannot be written as JSON: {entry!r}")
-
-    files.replace(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

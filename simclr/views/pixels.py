@@ -360,7 +360,7 @@ def require_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def require_view_dtype(dtype: torch.dtype) -> None:
-    """Raise ValueError unless the compiled ways of making views (:mod:`simclr.fast`) can write this dtype."""
+    """Raise ValueError unless the compiled ways of making views can write this dtype."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
 

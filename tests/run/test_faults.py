@@ -39,9 +39,9 @@ from simclr.evaluation import DivergedError
 from simclr.models import ModelConfig
 from simclr.optim import make_optimizer
 from simclr.run import checkpoint, devices, memory, opening, peers, runlog
-from simclr.run.finite import Guard
 from simclr.run.interruption import EXIT_SAVED, SIGNALS, Signals
 from simclr.run.resuming import Progress
+from simclr.step.nonfinite import Guard
 from tests.helpers import ROOT, run_python
 from tests.ranks import Ranks, ranks
 from tests.runs import is_equal, lines, train_here, weights

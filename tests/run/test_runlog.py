@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 
+from simclr.files import write_json
 from simclr.run import runlog
 from simclr.run.interruption import Interrupted
-from simclr.run.runlog import METRICS, RunLog, Status, environment, read_metrics, write_json
+from simclr.run.runlog import METRICS, RunLog, Status, environment, read_metrics
 from tests.launching import wait_until
 from tests.ranks import other_process
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from simclr.data import Batch, EpochPlan, ImageSource, sent
-from simclr.run.host import usable_cores
+from simclr.system import usable_cores
 from simclr.views import ViewSpec, require_function_of_the_image, size_at, two_views
 
 if TYPE_CHECKING:
-    from simclr.fast import fused_views, triton_views
+    from simclr.views import fused_views, triton_views
 
 ViewsMethod = Literal["fused", "triton", "torch", "own"]
 ViewsChoice = Literal["auto", "fused", "triton", "torch"]
@@ -43,7 +43,7 @@ class ViewFeed:
         view_stages: As :func:`simclr.views.size_at` takes them.
         augmentation: "standard", or the name of views that somebody has registered, which are made by their function
             on ``device``.
-        choice: fused: :mod:`simclr.fast.fused_views`, on the CPU. triton: :mod:`simclr.fast.triton_views`, on a GPU.
+        choice: fused: :mod:`simclr.views.fused_views`, on the CPU. triton: :mod:`simclr.views.triton_views`, on a GPU.
             torch: :mod:`simclr.views`, on ``device``. auto: the first that can be had and computes on ``device``; torch
             if ``dtype`` is float64. They differ by rounding.
         device: Where the step runs.
@@ -96,7 +96,7 @@ class ViewFeed:
         mean, std = source.facts.normalisation
         sizes = {*(side for side, _ in view_stages), source.facts.height}
         if self.method == "fused":
-            from simclr.fast import fused_views  # needs numba
+            from simclr.views import fused_views  # needs numba
 
             threads = 1 if self.in_background else torch.get_num_threads()
             for size in sizes:
@@ -111,7 +111,7 @@ class ViewFeed:
                 )
             how = f"numba, {threads} thread{'s' if threads > 1 else ''}, {fused_views.compiled().how}"
         elif self.method == "triton":
-            from simclr.fast import triton_views
+            from simclr.views import triton_views
 
             for size in sizes:
                 self._triton[size] = triton_views.TritonViews(*self.specs, size=size, mean=mean, std=std, dtype=dtype)
@@ -258,7 +258,7 @@ class _Tables:
         return self._order, self._entries
 
     def _draw(self, plan: EpochPlan, epoch: int) -> concurrent.futures.Future[tuple[Tensor, Tensor]]:
-        from simclr.fast.triton_views import parameter_table
+        from simclr.views.triton_views import parameter_table
 
         facts, on_gpu = self._feed.source.facts, self._feed.device.type == "cuda"
 
@@ -301,7 +301,7 @@ def _obstacle(method: ViewsMethod, device: torch.device, dtype: torch.dtype, aug
 
 def _triton_obstacle(device: torch.device) -> str | None:
     try:
-        from simclr.fast.triton_views import IS_INTERPRETED
+        from simclr.views.triton_views import IS_INTERPRETED
     except ImportError as error:
         return f"Triton does not import ({error})"
     if device.type != "cuda" and not IS_INTERPRETED:

@@ -1,6 +1,6 @@
 """The views' Triton kernels against simclr.views: on a GPU, or ``TRITON_INTERPRET=1`` on CPU tensors.
 
-A program of its own, since the variable has to be set before Triton is imported. tests/fast/test_triton.py runs it.
+A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.common import write_noise
 from simclr.data import EpochPlan, open_images
-from simclr.fast.feed import ViewFeed
-from simclr.fast.triton_views import TOLERANCE, TritonViews, parameter_table
 from simclr.views import ViewSpec, two_views
+from simclr.views.pipeline import ViewFeed
+from simclr.views.triton_views import TOLERANCE, TritonViews, parameter_table
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 PLAIN = ViewSpec()

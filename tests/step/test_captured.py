@@ -12,9 +12,9 @@ from torch import Tensor
 
 import train_simclr
 from simclr.config import LossConfig, OptimizerConfig, SpeedConfig, TrainConfig
-from simclr.fast.captured import Captured, Way, choose_way
 from simclr.models import SimCLR
 from simclr.run.runlog import read_metrics
+from simclr.step.captured import Captured, Way, choose_way
 from simclr.views import ViewSpec
 from tests.runs import SMALL, train_here, weights, write_shapes
 

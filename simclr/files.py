@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 if sys.platform != "win32":
     import fcntl
@@ -96,6 +97,22 @@ def replace(path: PathLike, content: bytes | str, *, durable: bool = False) -> N
     """Give a file another content, by :func:`atomic_write`; text is written in UTF-8."""
     with atomic_write(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that ``path`` is at every moment either the old file or the whole new one. Paths become text.
+
+    Raises:
+        TypeError: If ``value`` holds anything else that JSON cannot.
+        ValueError: If it holds a number that is not finite.
+    """
+
+    def path_as_text(entry: object) -> str:
+        if isinstance(entry, Path):
+            return str(entry)
+        raise TypeError(f"a {type(entry).__name__} cannot be written as JSON: {entry!r}")
+
+    replace(path, json.dumps(value, indent=2, default=path_as_text, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

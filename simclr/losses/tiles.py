@@ -31,8 +31,8 @@ from simclr import distributed
 from simclr.unit_length import scaled_rows
 
 if TYPE_CHECKING:
-    from simclr.fast.triton_tiles import TritonTiles
     from simclr.losses import Kernels
+    from simclr.losses.triton_tiles import TritonTiles
 
 # Rows and columns of a tile. On CPUs a float32 tile of 512 x 512, 1 MiB, stays in a core's L2 cache (256 to 1,024 were
 # within 10 % of each other); on GPUs larger ones keep the multiprocessors busy (not measured).
@@ -107,7 +107,7 @@ def _blocks(gathered: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _tiles(kernels: Kernels, scale: float, bf16: bool) -> TorchTiles | TritonTiles:
     if kernels == "torch":
         return TorchTiles(scale, bf16)
-    from simclr.fast.triton_tiles import TritonTiles
+    from simclr.losses.triton_tiles import TritonTiles
 
     return TritonTiles(scale, bf16)
 

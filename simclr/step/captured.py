@@ -69,7 +69,7 @@ def choose_way(
         world_size: Processes.
         has_scaler: Whether fp16's gradient scaler decides on the host about each step.
         saves_memory: Whether parts of the forward pass are computed twice.
-        views: Who makes them: see :class:`simclr.fast.feed.ViewFeed`.
+        views: Who makes them: see :class:`simclr.views.pipeline.ViewFeed`.
         longest_stage: Source images with views of one size, at most.
         backend: What carries messages between several processes' devices.
 

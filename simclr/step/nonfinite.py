@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simclr import distributed
 from simclr.data import EpochPlan
 from simclr.evaluation import DivergedError
-from simclr.run.runlog import write_json
+from simclr.files import write_json
 
 MOST_IN_A_ROW = 10
 

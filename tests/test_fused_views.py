@@ -21,8 +21,8 @@ from tests.helpers import ROOT
 from tests.test_views import EVERYTHING, MEAN, STD, UNIT, identity, make_images
 
 pytest.importorskip("numba", reason="would show that the compiled views equal the others")
-from simclr.fast import fused_views
-from simclr.fast.fused_views import TOLERANCE, FusedViews
+from simclr.views import fused_views
+from simclr.views.fused_views import TOLERANCE, FusedViews
 
 
 def fuse(
@@ -156,7 +156,7 @@ def test_parameters_are_those_of_view_1_and_view_2() -> None:
 
 PROGRAM = """
 import hashlib, numpy as np, torch
-from simclr.fast import fused_views
+from simclr.views import fused_views
 from simclr.views import ViewSpec
 image = torch.arange(8 * 16 * 16 * 3).to(torch.uint8).view(8, 16, 16, 3)
 with fused_views.FusedViews(ViewSpec(), ViewSpec(), size=16, mean=(0, 0, 0), std=(1, 1, 1)) as views:

@@ -1,4 +1,4 @@
-"""The tiles of :mod:`simclr.fast.tiled` as fused Triton kernels: similarities never leave the multiprocessor.
+"""The tiles of :mod:`simclr.losses.tiles` as fused Triton kernels: similarities never leave the multiprocessor.
 
 With ``TRITON_INTERPRET=1`` in the environment before this module is imported, the kernels run on CPU tensors, slowly,
 for tests.
@@ -25,7 +25,7 @@ _ROWS, _COLUMNS, _WIDTH = 64, 64, 64
 
 
 class TritonTiles:
-    """One rank's rows against one rank's columns; the interface and the numbers of ``simclr.fast.tiled``'s torch tiles.
+    """One rank's rows against one rank's columns; the numbers of ``simclr.losses.tiles``'s torch tiles.
 
     Args:
         scale: 1 / temperature.

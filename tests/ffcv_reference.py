@@ -1,6 +1,6 @@
 """FFCV's own writer and loader, in a process of their own: importing ffcv changes torch's thread count.
 
-python -m tests.fast.ffcv_reference COMMAND ... runs any number of these, in order:
+python -m tests.step.ffcv_reference COMMAND ... runs any number of these, in order:
     write:IMAGES.npz:OUT.beton:{raw|jpg}:NUM_WORKERS
     read:FILE.beton:OUT.npz
     read-jpeg:FILE.beton:OUT.npz    as read, but does nothing if this ffcv was built without libjpeg-turbo
@@ -58,7 +58,7 @@ def read(path: str, arrays: str) -> None:
 
 def can_decode_jpeg() -> bool:
     # Asked of the library's symbols: FFCV itself ends the process, or fills the image with whatever there was.
-    from simclr.fast import ffcv_source
+    from simclr.data import ffcv_source
 
     return bool(ffcv_source.load_ffcv().decodes_jpeg())
 

@@ -11,8 +11,8 @@ from tests.helpers import ROOT
 
 PROGRAM = """
 import resource, numpy as np
-from simclr.run import host
-did = host.keep_freed_memory()
+from simclr import system
+did = system.keep_freed_memory()
 def step():
     blocks = [np.ones(5 << 20) for _ in range(3)]  # 40 MiB each
 step(), step()

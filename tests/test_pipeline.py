@@ -19,8 +19,8 @@ from torch import Tensor
 from data_prep.convert import Storage, convert
 from data_prep.shapes import shapes
 from simclr.data import EpochPlan, ImageSource, open_images
-from simclr.fast.feed import Ahead, ViewFeed
 from simclr.views import ViewSpec, two_views
+from simclr.views.pipeline import Ahead, ViewFeed
 
 OTHER = ViewSpec(crop_scale=(0.5, 1.0), blur_probability=0.5)
 PLAN = EpochPlan(np.arange(50), 16, seed=5)  # 3 steps
@@ -69,7 +69,7 @@ def test_views_have_the_side_of_their_epoch(source: ImageSource, choice: Any) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_views_are_those_of_the_seed_epoch_and_batch(source: ImageSource, dtype: torch.dtype) -> None:
-    fused_views = pytest.importorskip("simclr.fast.fused_views")
+    fused_views = pytest.importorskip("simclr.views.fused_views")
     mean, std = source.facts.normalisation
     with ViewFeed(source, ViewSpec(), OTHER, seed=9, dtype=dtype) as feed:
         assert feed.method == "fused"
@@ -89,12 +89,12 @@ def test_views_are_made_beside_the_step_where_it_leaves_a_core(
     source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("numba")
-    monkeypatch.setattr("simclr.fast.feed._spare_cores", lambda: 0)
+    monkeypatch.setattr("simclr.views.pipeline._spare_cores", lambda: 0)
     with ViewFeed(source, ViewSpec(), OTHER, seed=9) as feed:
         within = list(feed.batches(PLAN))
         assert "within the step" in feed.reason
         assert views_threads() == []
-    monkeypatch.setattr("simclr.fast.feed._spare_cores", lambda: 1)
+    monkeypatch.setattr("simclr.views.pipeline._spare_cores", lambda: 1)
     with ViewFeed(source, ViewSpec(), OTHER, seed=9) as feed:
         assert "ahead of the step" in feed.reason
         assert all(map(torch.equal, feed.batches(PLAN), within))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr.run import files
+from simclr import files
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat, get_args
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from simclr import distributed, parts
 from simclr.distributed import at_least_float32
+from simclr.schema import NotNegative, Positive
 from simclr.unit_length import power_of_two, unit_rows
 
 NTXentForm = Literal["auto", "matrix", "tiled"]
@@ -31,6 +33,38 @@ KernelChoice = Literal["auto", "torch", "triton"]
 
 # On a GPU, one matrix of similarities of up to this many elements (64 MiB) costs fewer kernel launches than tiles do.
 _MATRIX_UP_TO = 1 << 24
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective."""
+
+    name: str = "nt_xent"
+    """nt_xent (SimCLR), barlow_twins (Barlow Twins), or one that --parts registers."""
+
+    temperature: Positive = 0.5
+    """nt_xent's temperature tau, unitless."""
+
+    off_diagonal_weight: NotNegative = 5e-3
+    """barlow_twins' weight lambda of the off-diagonal terms, unitless."""
+
+    scale: Positive = 1.0
+    """The loss is multiplied by this. It matters to SGD, and to LARS for what it does not adapt."""
+
+    bf16_matmul: bool = False
+    """Whether nt_xent rounds the factors of its matrix products to bfloat16."""
+
+    settings: tuple[tuple[str, float], ...] = ()
+    """Keyword arguments of an objective of your own, such as margin 0.2."""
+
+    def describe(self) -> str:
+        """Return objective and settings in one line."""
+        said = [f"{self.name}, of the run's own parts", *(f"{name} {value:g}" for name, value in self.settings)]
+        if self.name == "nt_xent":
+            said = [f"nt_xent, temperature {self.temperature:g}"]
+        elif self.name == "barlow_twins":
+            said = [f"barlow_twins, off-diagonal weight {self.off_diagonal_weight:g}, centred"]
+        return ", ".join([*said, *([f"times {self.scale:g}"] if self.scale != 1 else [])])
 
 
 class Choice(NamedTuple):
@@ -104,7 +138,7 @@ def nt_xent(
         z = torch.cat([at_least_float32(z1), at_least_float32(z2)])
         if choice.form == "matrix":
             return _nt_xent_matrix(unit_rows(z), temperature)
-        from simclr.fast.tiled import nt_xent_of_rows
+        from simclr.losses.tiles import nt_xent_of_rows
 
         return nt_xent_of_rows(z, temperature, kernels=choice.kernels, bf16_matmul=bf16_matmul)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from simclr.batch_norm import replace_batch_norm
 from simclr.distributed import average_gradients
-from simclr.fast.recompute import recompute_blocks, require_independent_images
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import ModelConfig, SimCLR
+from simclr.step.recompute import recompute_blocks, require_independent_images
 from tests.helpers import run_distributed
 
 SIDE = 16

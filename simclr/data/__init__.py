@@ -306,7 +306,7 @@ def _open_checked(
 
     because = "as asked for"
     if backend != "memory":
-        from simclr.fast.ffcv_source import FFCVSource, ffcv_obstacle
+        from simclr.data.ffcv_source import FFCVSource, ffcv_obstacle
 
         obstacle = ffcv_obstacle(facts.encoding)
         if obstacle is None:

@@ -1,6 +1,6 @@
-"""The loss's Triton kernels, interpreted, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.fast.triton_kernels``.
+"""The loss's Triton kernels, interpreted, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.step.triton_kernels``.
 
-A program of its own, since the variable has to be set before Triton is imported. tests/fast/test_triton.py runs it.
+A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.fast.tiled import TorchTiles, nt_xent_of_rows
-from simclr.fast.triton_tiles import TritonTiles
 from simclr.losses import nt_xent
+from simclr.losses.tiles import TorchTiles, nt_xent_of_rows
+from simclr.losses.triton_tiles import TritonTiles
 from tests import helpers
 from tests.test_losses import nt_xent_by_the_paper, projections, value_and_gradients
 

@@ -71,3 +71,12 @@ def keep_freed_memory() -> str | None:
     if mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1):
         return "freed memory is kept for the next step"
     return None
+
+
+def say_duration(seconds: float) -> str:
+    """Return a duration in words, such as "6 min 40 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
