@@ -6,6 +6,7 @@ Shape letters: b images, H x W pixels, D representation width, d projection widt
 from __future__ import annotations
 
 import difflib
+import random
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +77,7 @@ class SimCLR(nn.Module):
         image_size: Side H = W of the images, in pixels; chooses the stem, and a transformer's position embedding.
 
     Raises:
-        ValueError: If timm does not know the encoder, or the stem cannot be made for it.
+        ValueError: If timm does not know the encoder, the stem cannot be made for it, or a layer draws random numbers.
 
     Source:
         Chen et al. 2020, arXiv:2002.05709, section 2.1; the projector is used in pretraining only.
@@ -90,6 +91,7 @@ class SimCLR(nn.Module):
         if config.projector in parts.PROJECTORS:
             blank = torch.zeros(2, self.representation_dim)
             _output_width(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
+        _require_nothing_random(self, torch.zeros(2, 3, image_size, image_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and project.
@@ -151,7 +153,10 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
         # embedding is made for the image's size.
         options = {"img_size": image_size} | ({"patch_size": max(2, image_size // 8)} if stem != "original" else {})
     try:
-        encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        try:
+            encoder = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0, **options)
+        except TypeError:  # not every model takes the rates
+            encoder = timm.create_model(name, num_classes=0, **options)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"timm cannot build {name} with {options or 'its defaults'}: {error}") from error
     if stem != "original" and not is_transformer:
@@ -182,6 +187,32 @@ def require_known_encoder(name: str) -> None:
             f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD; or "
             "one that --parts registers"
         )
+
+
+def _require_nothing_random(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model that draws random numbers in training: resumed, or on more devices, it would be another run."""
+
+    def states() -> tuple[list[int], object]:
+        return torch.get_rng_state().tolist(), random.getstate()
+
+    def compare(layer: nn.Module, *_: object) -> None:
+        if states() != before:
+            name = next(name for name, one in model.named_modules() if one is layer)
+            raise ValueError(
+                f"layer {name or '(the model itself)'}, a {type(layer).__name__}, draws random numbers in training, so "
+                "that a resumed run, or one on more devices, would be another; build the model without dropout and "
+                "stochastic depth (rates of 0), or choose another"
+            )
+
+    before = states()
+    # The innermost layer is asked first. Statistics of this batch go into copies.
+    hooks = [layer.register_forward_hook(compare) for layer in model.modules()]
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, {name: value.clone() for name, value in model.named_buffers()}, (x,))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _require_right_gradients(encoder: nn.Module, name: str) -> None:
