@@ -6,6 +6,7 @@ Shape letters: b images, H x W pixels, D representation width, d projection widt
 from __future__ import annotations
 
 import difflib
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -86,11 +87,11 @@ class SimCLR(nn.Module):
     def __init__(self, config: ModelConfig, image_size: int) -> None:
         super().__init__()
         self.encoder = make_encoder(config.encoder, config.stem, image_size)
-        self.representation_dim = self._width_for(image_size)
+        self.representation_dim = representation_width(self.encoder, image_size)
         self.projector = make_projector(config, self.representation_dim)
         if config.projector in parts.PROJECTORS:
             blank = torch.zeros(2, self.representation_dim)
-            _output_width(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
+            _output(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
         _require_nothing_random(self, torch.zeros(2, 3, image_size, image_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,16 +108,32 @@ class SimCLR(nn.Module):
 
     def require_size(self, image_size: int) -> None:
         """Raise ValueError unless the encoder also takes images of side ``image_size``, with the same D."""
-        width = self._width_for(image_size)
+        width = representation_width(self.encoder, image_size)
         if width != self.representation_dim:
             raise ValueError(
                 f"the encoder turns images of side {image_size} into {width} numbers, and others into "
                 f"{self.representation_dim}"
             )
 
-    def _width_for(self, image_size: int) -> int:
-        blank = torch.zeros(1, 3, image_size, image_size, device=next(self.encoder.parameters()).device)
-        return _output_width(self.encoder, blank, "the encoder", f"{image_size}x{image_size} images with this stem")
+
+def representation_width(encoder: nn.Module, side: int) -> int:
+    """Return D for images of side ``side``. Raises ValueError if the encoder cannot take them, or never reads an edge.
+
+    A pixel that is NaN makes the representation NaN, whatever the weights, if it is read at all.
+    """
+    what = f"{side}x{side} images with this stem"
+    for read in range(side, 0, -1):
+        x = torch.zeros(2, 3, side, side, device=next(encoder.parameters()).device)
+        x[0, :, read - 1] = x[1, :, :, read - 1] = math.nan
+        h = _output(encoder, x, "the encoder", what)
+        if h.isnan().any(dim=1).all():
+            break
+    if read < side:
+        raise ValueError(
+            f"the encoder reads {read} of the {side} rows and columns of {what} and never the others; use images of "
+            f"side {read}, or another stem or encoder"
+        )
+    return h.shape[1]
 
 
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
@@ -150,8 +167,11 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if is_transformer:
         # A transformer has no strided stem to replace: small images get small patches, and the position
-        # embedding is made for the image's size.
-        options = {"img_size": image_size} | ({"patch_size": max(2, image_size // 8)} if stem != "original" else {})
+        # embedding is made for the image's size. They must divide it, or its edge would never be read.
+        near = max(2, image_size // 8)
+        dividing = [side for side in range(2, image_size // 2 + 1) if image_size % side == 0]
+        patch = min(dividing, key=lambda side: abs(side - near), default=near)
+        options = {"img_size": image_size} | ({"patch_size": patch} if stem != "original" else {})
     try:
         try:
             encoder = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0, **options)
@@ -315,15 +335,15 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
         setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
 
 
-def _output_width(module: nn.Module, blank: Tensor, whose: str, what: str) -> int:
-    """Return the width of a module's outputs for blank inputs: (b, ...) -> (b, width) is checked, not assumed."""
+def _output(module: nn.Module, x: Tensor, whose: str, what: str) -> Tensor:
+    """Return a module's outputs in evaluation: (b, ...) -> (b, width) is checked, not assumed."""
     was_training = module.training
     try:
         with torch.no_grad():
-            y = module.eval()(blank)
+            y: Tensor = module.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{whose} cannot take {what}: {error}") from error
     module.train(was_training)
-    if y.ndim != 2 or len(y) != len(blank):
-        raise ValueError(f"{whose} returns shape {tuple(y.shape)} for {what}, expected ({len(blank)}, width)")
-    return int(y.shape[1])
+    if y.ndim != 2 or len(y) != len(x):
+        raise ValueError(f"{whose} returns shape {tuple(y.shape)} for {what}, expected ({len(x)}, width)")
+    return y

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from timm.layers import DropBlock2d, DropPath
+from timm.layers.drop import DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -214,6 +214,34 @@ def test_the_seed_decides_the_weights(name: str) -> None:
 def test_encoders_that_cannot_be_made_raise(name: str, stem: Stem, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimCLR(ModelConfig(encoder=name, stem=stem), image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "size", "read"),
+    [
+        ("vit_tiny_patch16_224", "original", 40, 32),
+        ("vit_tiny_patch16_224", "auto", 37, 36),
+        ("convnext_atto", "original", 33, 32),
+        ("resnet18", "patch2", 33, 32),
+        ("small_resnet_w8", "auto", 17, 16),
+    ],
+)
+def test_an_edge_that_is_never_read_is_refused(name: str, stem: Stem, size: int, read: int) -> None:
+    with pytest.raises(ValueError, match=f"reads {read} of the {size} rows and columns .* use images of side {read}"):
+        SimCLR(ModelConfig(encoder=name, stem=stem), size)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 4), (50, 5), (40, 5), (33, 3), (64, 8)])
+def test_a_transformers_patches_divide_the_image(size: int, patch: int) -> None:
+    proj = SimCLR(ModelConfig("vit_tiny_patch16_224"), size).encoder.get_submodule("patch_embed.proj")
+    assert proj.kernel_size == (patch, patch)
+
+
+def test_an_edge_of_smaller_views_that_is_never_read_is_refused() -> None:
+    model = SimCLR(ModelConfig("small_resnet_w8"), 16)
+    model.require_size(12)
+    with pytest.raises(ValueError, match="reads 12 of the 13 rows"):
+        model.require_size(13)
 
 
 def test_timms_stochastic_depth_and_dropout_are_left_out() -> None:

@@ -85,6 +85,8 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         parts.load(config.parts)
     device = choose_device(config)
     pretrained = load_pretrained(checkpoint_of(config), device)
+    for side in config.image_sizes:
+        pretrained.model.require_size(side)
     folder = pretrained.path.parent
     manifest, metrics = runlog.read_manifest(folder), runlog.read_metrics(folder)
     train_path, test_path = find_files(config, pretrained)
