@@ -168,12 +168,12 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
 
     Note:
         Collective call: every rank must make it, and the backward pass. Differentiable once. Mean and norm are those of
-        the global batch, so the loss does not depend on how the batch is spread over devices. Computed in float32 at least, also inside
-        autocast. A feature that is constant over the batch, to the last digit, has no correlation: its row and column
-        of C are 0 and it gets no gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.) So it
-        is with zeros if ``centre`` is False. Every other feature counts, however small its deviation. Its gradient
-        grows as 1 / the deviation, to infinity where the dtype does not hold it. Where a projection is not finite, the
-        loss is NaN.
+        the global batch, so the loss does not depend on how the batch is spread over devices. Computed in float32 at
+        least, also inside autocast. A feature that is constant over the batch, to the last digit, has no correlation:
+        its row and column of C are 0 and it gets no gradient. (The authors' batch normalisation adds 1e-5 to the
+        variance instead.) So it is with zeros if ``centre`` is False. Every other feature counts, however small its
+        deviation. Its gradient grows as 1 / the deviation, to infinity where the dtype does not hold it. Where a
+        projection is not finite, the loss is NaN.
 
     Source:
         Zbontar et al. 2021, arXiv:2103.03230, equations 1 and 2. The authors' distributed code sums C outside
