@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,8 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         described = {split: f"image folder {_last_two(place)}" for split, place in folders.items()}
     else:
         raise ConversionError(f"{root} is not a folder; --root should be a folder of images, or a .csv that lists them")
+    # An accented letter is one character on Linux and two on macOS, and one class.
+    rows = [row._replace(label=row.label and unicodedata.normalize("NFC", row.label)) for row in rows]
     classes = _common_classes(root, rows)
     if folder != root and all(label.isdecimal() for label in classes):  # of a list: 2 before 10
         classes.sort(key=int)
@@ -182,6 +185,11 @@ def _in_order(splits: Iterable[str]) -> list[str]:
 def _remark(found: Found) -> None:
     """Says what cannot be measured with these images, and why."""
     classes = next(iter(found.splits.values())).classes
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike[name.casefold().lstrip("0 ")].append(name)
+    if names := [name for group in alike.values() if len(group) > 1 for name in group]:
+        found.remarks.append(f"classes whose names look alike, each a class of its own: {quoted(names)}")
     if not classes:
         found.remarks.append("no labels: the images can be pretrained on, but nothing can be measured on them")
     elif len(classes) == 1:

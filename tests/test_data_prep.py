@@ -563,6 +563,17 @@ def test_each_folder_is_taken_once_whatever_links_to_it(tmp_path: Path, capsys: 
     assert "6 links to folders that are taken already, or that hold this one" in text
 
 
+def test_names_of_classes_that_look_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_tree(tmp_path / "pets")
+    for old, new in (("cat", "caf\u00e9"), ("dog", "cafe\u0301"), ("emu", "Caf\u00e9")):
+        (root / old).rename(root / new)
+    code, text = run(capsys, "imagefolder", "--root", root, "--output", tmp_path / "a.beton")
+    assert code == 0, text
+    assert beton.verify(tmp_path / "a.beton").classes == ("Caf\u00e9", "caf\u00e9")
+    assert beton.verify(tmp_path / "a.beton").class_counts == (5, 10)
+    assert "look alike, each a class of its own: 'Caf\u00e9', 'caf\u00e9'" in text
+
+
 def test_a_pipe_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_tree(tmp_path / "pets")
     os.mkfifo(tmp_path / "pipe.png")
