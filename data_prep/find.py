@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ _HIDDEN = "images with hidden names or in hidden folders: rename them if they ar
 _LOOSE = "images beside the class folders: move them into one if they are to be taken"
 _BESIDE = "images beside the splits: move them into one if they are to be taken"
 _NO_IMAGES = "files that are no images by their names"
-_TAKEN = "links to folders that are taken already"
+_TAKEN = "links to folders that are taken already, or that hold this one"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def find(root: Path, test_fraction: float | None = None) -> Found:
         described = {split: f"image folder {_last_two(place)}" for split, place in folders.items()}
     else:
         raise ConversionError(f"{root} is not a folder; --root should be a folder of images, or a .csv that lists them")
+    # An accented letter is one character on Linux and two on macOS, and one class.
+    rows = [row._replace(label=row.label and unicodedata.normalize("NFC", row.label)) for row in rows]
     classes = _common_classes(root, rows)
     if folder != root and all(label.isdecimal() for label in classes):  # of a list: 2 before 10
         classes.sort(key=int)
@@ -182,6 +185,11 @@ def _in_order(splits: Iterable[str]) -> list[str]:
 def _remark(found: Found) -> None:
     """Says what cannot be measured with these images, and why."""
     classes = next(iter(found.splits.values())).classes
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike[name.casefold().lstrip("0 ")].append(name)
+    if names := [name for group in alike.values() if len(group) > 1 for name in group]:
+        found.remarks.append(f"classes whose names look alike, each a class of its own: {quoted(names)}")
     if not classes:
         found.remarks.append("no labels: the images can be pretrained on, but nothing can be measured on them")
     elif len(classes) == 1:
@@ -242,6 +250,9 @@ class _Walk:
 def _walk(root: Path, found: Found) -> _Walk:
     """List everything below ``root``. Links are followed; each folder is listed once, under its own name if it can."""
     walk, suffixes, seen = _Walk(), readable_suffixes(), set[tuple[int, int]]()
+    # A link to a folder that holds this one would bring in all that lies beside it.
+    for above in root.resolve().parents:
+        seen.add((above.stat().st_dev, above.stat().st_ino))
     folders, links, hidden = queues = [deque[tuple[str, ...]]() for _ in range(3)]
     folders.append(())
     while queue := next(filter(None, queues), None):
@@ -402,27 +413,34 @@ def _rows_of_list(file: Path, found: Found) -> list[_Row]:
     # Names of files need not be UTF-8, and come through; utf-8-sig drops the mark that spreadsheets write.
     with file.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
         header = stream.readline()
-        stream.seek(0)
-        reader = csv.DictReader(stream, delimiter=max(",;\t", key=header.count))
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        if "path" not in reader.fieldnames:
+        delimiter = max(",;\t", key=header.count)
+        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        if "path" not in names or max(map(names.count, ("path", "label", "split"))) > 1:
             raise ConversionError(
-                f"{file}: no column 'path', only {quoted(map(as_text, reader.fieldnames))}. Its first line should name "
-                "the columns: path, and label and split if there are any"
+                f"{file}: the columns are {quoted(names)}. Its first line should name the columns: path once, and "
+                "label and split at most once"
             )
-        if others := [name for name in reader.fieldnames if name not in ("path", "label", "split")]:
+        if others := [name for name in names if name not in ("path", "label", "split")]:
             found.remarks.append(f"columns that are not read: {quoted(others)}; those that are: path, label, split")
-        for cells in reader:
-            path, label, split = cells["path"], cells.get("label"), (cells.get("split") or "").strip().lower()
-            line = lines.setdefault(path, reader.line_num)
-            if None in cells:
-                wrong.append(f'line {reader.line_num}: more cells than columns; quote names with a comma: "a,b.jpg"')
-            elif not path:
-                wrong.append(f"line {reader.line_num}: no path")
-            elif line != reader.line_num:
-                wrong.append(f"line {reader.line_num}: {as_text(path)} stands in line {line} too")
-            elif "split" in reader.fieldnames and split not in _SPLIT_OF:
-                wrong.append(f"line {reader.line_num}: split {split!r} is none of {', '.join(_SPLIT_OF)}")
+        # Line by line, so that a quote that is not closed cannot swallow the lines after it.
+        for number, line in enumerate(stream, start=2):
+            try:
+                values = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+            except csv.Error as error:
+                wrong.append(f'line {number}: {error}; quotes come in pairs, around a name within one line: "a,b.jpg"')
+                continue
+            if not values:
+                continue
+            cells = dict(zip(names, values, strict=False))
+            path, label, split = cells.get("path"), cells.get("label"), cells.get("split", "").strip().lower()
+            if len(values) > len(names):
+                wrong.append(f'line {number}: more cells than columns; quote names with a comma: "a,b.jpg"')
+            elif not path or "\0" in path:
+                wrong.append(f"line {number}: no path")
+            elif (before := lines.setdefault(os.path.realpath(file.parent / path), number)) != number:
+                wrong.append(f"line {number}: {as_text(path)} stands in line {before} too")
+            elif "split" in names and split not in _SPLIT_OF:
+                wrong.append(f"line {number}: split {split!r} is none of {', '.join(_SPLIT_OF)}")
             else:
                 split = _SPLIT_OF.get(split, "")
                 rows.append(_Row(path, (label or "").strip() or None if split != "unlabeled" else None, split))

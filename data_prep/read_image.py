@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -94,6 +95,8 @@ def read_image(path: Path, resolution: int | None) -> Loaded | str:
     """
     changes = []
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe waits for whoever fills it
+            raise ValueError("it is no file, but a folder, pipe or device")
         with Image.open(path) as image:
             is_lossy = image.format in _LOSSY_FORMATS
             if getattr(image, "is_animated", False):

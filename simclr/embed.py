@@ -40,6 +40,7 @@ from data_prep.read_image import Loaded, read_image
 from simclr import beton, files, parts, system
 from simclr.evaluation import DivergedError, combined_sha256, fingerprint
 from simclr.export import WEIGHTS, Encoder, load_encoder, metadata_of
+from simclr.models import representation_width
 from simclr.run import checkpoint, launch
 from simclr.schema import Size
 from simclr.views import plain_view
@@ -94,6 +95,7 @@ def main(options: Options) -> Path:
     if options.parts is not None:
         parts.load(options.parts)
     encoder = open_encoder(options.run, device, options.image_size)
+    representation_width(encoder.encoder, encoder.read_at)
     images = (open_beton if options.images.suffix == ".beton" else open_folder)(options.images, encoder)
     side, read_at = encoder.image_size, encoder.read_at
     then = f", read at {read_at} x {read_at}" if read_at != side else ""

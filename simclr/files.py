@@ -147,13 +147,24 @@ def sync(file: IO[bytes] | IO[str]) -> None:
     os.fsync(file.fileno())
 
 
+def is_at(path: PathLike, file: IO[bytes] | IO[str]) -> bool:
+    """Return whether an open file still is the one at ``path``, not deleted or replaced."""
+    try:
+        return os.path.samestat(Path(path).stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
 def sync_folder(folder: PathLike) -> None:
-    """Return when a folder's new, changed and removed names are on the disk; on Windows, which cannot tell, at once."""
+    """Return when a folder's new, changed and removed names are on the disk; at once where that cannot be asked for."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # what CIFS and FUSE say of folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -161,10 +172,15 @@ def sync_folder(folder: PathLike) -> None:
 def lock(file: IO[bytes] | IO[str], *, shared: bool = False) -> bool:
     """Lock an open file (flock) until it is closed or the process ends, however it ends; ``shared``: beside others.
 
-    Returns True, or False on Windows, which has no such locks. Raises BlockingIOError if another process holds it, and
-    OSError if the file system has no locks.
+    Returns True, or False where there are no such locks: on Windows, and on some file systems. Raises BlockingIOError
+    if another process holds it.
     """
     if sys.platform == "win32":
         return False
-    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}:
+            raise
+        return False
     return True

@@ -6,6 +6,8 @@ Shape letters: b images, H x W pixels, D representation width, d projection widt
 from __future__ import annotations
 
 import difflib
+import math
+import random
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +78,7 @@ class SimCLR(nn.Module):
         image_size: Side H = W of the images, in pixels; chooses the stem, and a transformer's position embedding.
 
     Raises:
-        ValueError: If timm does not know the encoder, or the stem cannot be made for it.
+        ValueError: If timm does not know the encoder, the stem cannot be made for it, or a layer draws random numbers.
 
     Source:
         Chen et al. 2020, arXiv:2002.05709, section 2.1; the projector is used in pretraining only.
@@ -85,11 +87,12 @@ class SimCLR(nn.Module):
     def __init__(self, config: ModelConfig, image_size: int) -> None:
         super().__init__()
         self.encoder = make_encoder(config.encoder, config.stem, image_size)
-        self.representation_dim = self._width_for(image_size)
+        self.representation_dim = representation_width(self.encoder, image_size)
         self.projector = make_projector(config, self.representation_dim)
         if config.projector in parts.PROJECTORS:
             blank = torch.zeros(2, self.representation_dim)
-            _output_width(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
+            _output(self.projector, blank, f"the projector {config.projector}", str(tuple(blank.shape)))
+        _require_nothing_random(self, torch.zeros(2, 3, image_size, image_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode and project.
@@ -105,16 +108,32 @@ class SimCLR(nn.Module):
 
     def require_size(self, image_size: int) -> None:
         """Raise ValueError unless the encoder also takes images of side ``image_size``, with the same D."""
-        width = self._width_for(image_size)
+        width = representation_width(self.encoder, image_size)
         if width != self.representation_dim:
             raise ValueError(
                 f"the encoder turns images of side {image_size} into {width} numbers, and others into "
                 f"{self.representation_dim}"
             )
 
-    def _width_for(self, image_size: int) -> int:
-        blank = torch.zeros(1, 3, image_size, image_size, device=next(self.encoder.parameters()).device)
-        return _output_width(self.encoder, blank, "the encoder", f"{image_size}x{image_size} images with this stem")
+
+def representation_width(encoder: nn.Module, side: int) -> int:
+    """Return D for images of side ``side``. Raises ValueError if the encoder cannot take them, or never reads an edge.
+
+    A pixel that is NaN makes the representation NaN, whatever the weights, if it is read at all.
+    """
+    what = f"{side}x{side} images with this stem"
+    for read in range(side, 0, -1):
+        x = torch.zeros(2, 3, side, side, device=next(encoder.parameters()).device)
+        x[0, :, read - 1] = x[1, :, :, read - 1] = math.nan
+        h = _output(encoder, x, "the encoder", what)
+        if h.isnan().any(dim=1).all():
+            break
+    if read < side:
+        raise ValueError(
+            f"the encoder reads {read} of the {side} rows and columns of {what} and never the others; use images of "
+            f"side {read}, or another stem or encoder"
+        )
+    return h.shape[1]
 
 
 def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
@@ -148,10 +167,16 @@ def make_encoder(name: str, stem: Stem, image_size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if is_transformer:
         # A transformer has no strided stem to replace: small images get small patches, and the position
-        # embedding is made for the image's size.
-        options = {"img_size": image_size} | ({"patch_size": max(2, image_size // 8)} if stem != "original" else {})
+        # embedding is made for the image's size. They must divide it, or its edge would never be read.
+        near = max(2, image_size // 8)
+        dividing = [side for side in range(2, image_size // 2 + 1) if image_size % side == 0]
+        patch = min(dividing, key=lambda side: abs(side - near), default=near)
+        options = {"img_size": image_size} | ({"patch_size": patch} if stem != "original" else {})
     try:
-        encoder = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        try:
+            encoder = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0, **options)
+        except TypeError:  # not every model takes the rates
+            encoder = timm.create_model(name, num_classes=0, **options)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"timm cannot build {name} with {options or 'its defaults'}: {error}") from error
     if stem != "original" and not is_transformer:
@@ -182,6 +207,32 @@ def require_known_encoder(name: str) -> None:
             f"timm has no model named {name!r}; near: {', '.join(near)}; or small_resnet_wN; or either with _dD; or "
             "one that --parts registers"
         )
+
+
+def _require_nothing_random(model: nn.Module, x: Tensor) -> None:
+    """Refuse a model that draws random numbers in training: resumed, or on more devices, it would be another run."""
+
+    def states() -> tuple[list[int], object]:
+        return torch.get_rng_state().tolist(), random.getstate()
+
+    def compare(layer: nn.Module, *_: object) -> None:
+        if states() != before:
+            name = next(name for name, one in model.named_modules() if one is layer)
+            raise ValueError(
+                f"layer {name or '(the model itself)'}, a {type(layer).__name__}, draws random numbers in training, so "
+                "that a resumed run, or one on more devices, would be another; build the model without dropout and "
+                "stochastic depth (rates of 0), or choose another"
+            )
+
+    before = states()
+    # The innermost layer is asked first. Statistics of this batch go into copies.
+    hooks = [layer.register_forward_hook(compare) for layer in model.modules()]
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, {name: value.clone() for name, value in model.named_buffers()}, (x,))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _require_right_gradients(encoder: nn.Module, name: str) -> None:
@@ -284,15 +335,15 @@ def _fit_first_layers(encoder: nn.Module, first_conv: str, stem: Stem, name: str
         setattr(encoder.get_submodule(pool_parent), pool_attribute, nn.Identity())
 
 
-def _output_width(module: nn.Module, blank: Tensor, whose: str, what: str) -> int:
-    """Return the width of a module's outputs for blank inputs: (b, ...) -> (b, width) is checked, not assumed."""
+def _output(module: nn.Module, x: Tensor, whose: str, what: str) -> Tensor:
+    """Return a module's outputs in evaluation: (b, ...) -> (b, width) is checked, not assumed."""
     was_training = module.training
     try:
         with torch.no_grad():
-            y = module.eval()(blank)
+            y: Tensor = module.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{whose} cannot take {what}: {error}") from error
     module.train(was_training)
-    if y.ndim != 2 or len(y) != len(blank):
-        raise ValueError(f"{whose} returns shape {tuple(y.shape)} for {what}, expected ({len(blank)}, width)")
-    return int(y.shape[1])
+    if y.ndim != 2 or len(y) != len(x):
+        raise ValueError(f"{whose} returns shape {tuple(y.shape)} for {what}, expected ({len(x)}, width)")
+    return y

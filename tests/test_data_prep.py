@@ -288,8 +288,29 @@ def test_every_wrong_line_of_a_list_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "line 7: split '' is none of" in text
     code, text = run(capsys, "imagefolder", "--root", tmp_path / "b.csv", "--output", tmp_path / "out")
     assert code == 1
-    assert "no column 'path', only 'file', 'label'" in text
+    assert "the columns are 'file', 'label'. Its first line should name the columns: path once" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_an_open_quote_a_second_label_and_another_spelling_of_a_path_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tree(tmp_path / "pets")
+    (tmp_path / "pets" / "link").symlink_to("cat")
+    for lines, message in (
+        (['"pets/cat/0.png,cat', 'pets/cat/1.png,cat"'], "line 2: unexpected end of data; quotes come in pairs"),
+        (["pets/cat/0.png,cat", "./pets/cat/0.png,cat"], "line 3: ./pets/cat/0.png stands in line 2 too"),
+        (["pets/cat/0.png,cat", "pets/link/0.png,cat"], "line 3: pets/link/0.png stands in line 2 too"),
+        (["x" * 200_000 + ",cat"], "line 2: field larger than field limit"),
+    ):
+        (tmp_path / "a.csv").write_text("\n".join(["path,label", *lines]))
+        code, text = run(capsys, "imagefolder", "--root", tmp_path / "a.csv", "--output", tmp_path / "out")
+        assert code == 1
+        assert message in text
+    (tmp_path / "a.csv").write_text("path,label,Label\npets/cat/0.png,cat,dog\n")
+    code, text = run(capsys, "imagefolder", "--root", tmp_path / "a.csv", "--output", tmp_path / "out")
+    assert code == 1
+    assert "the columns are 'path', 'label', 'label'. Its first line should name the columns: path once" in text
 
 
 # ------------------------------------------------------------------------------------- what lies among images
@@ -529,6 +550,8 @@ def test_each_folder_is_taken_once_whatever_links_to_it(tmp_path: Path, capsys: 
     (root / "emu").symlink_to(tmp_path / "far away")
     for link in (root / "cat" / "a", root / "dog" / "all", tmp_path / "far away" / "back"):
         link.symlink_to(root)
+    (root / "dog" / "up").symlink_to(tmp_path)
+    (tmp_path / "foreign.png").write_bytes((root / "cat" / "0.png").read_bytes())
     (root / "alias").symlink_to("dog")
     (root / "dog" / "loop").symlink_to("loop")
     (root / "cat" / "z").mkdir()
@@ -537,7 +560,27 @@ def test_each_folder_is_taken_once_whatever_links_to_it(tmp_path: Path, capsys: 
     assert code == 0, text
     facts = beton.verify(tmp_path / "a.beton")
     assert (facts.classes, facts.class_counts) == (CLASSES, (5, 5, 5))
-    assert "5 links to folders that are taken already" in text
+    assert "6 links to folders that are taken already, or that hold this one" in text
+
+
+def test_names_of_classes_that_look_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_tree(tmp_path / "pets")
+    for old, new in (("cat", "caf\u00e9"), ("dog", "cafe\u0301"), ("emu", "Caf\u00e9")):
+        (root / old).rename(root / new)
+    code, text = run(capsys, "imagefolder", "--root", root, "--output", tmp_path / "a.beton")
+    assert code == 0, text
+    assert beton.verify(tmp_path / "a.beton").classes == ("Caf\u00e9", "caf\u00e9")
+    assert beton.verify(tmp_path / "a.beton").class_counts == (5, 10)
+    assert "look alike, each a class of its own: 'Caf\u00e9', 'caf\u00e9'" in text
+
+
+def test_a_pipe_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_tree(tmp_path / "pets")
+    os.mkfifo(tmp_path / "pipe.png")
+    (root / "cat" / "link.png").symlink_to(tmp_path / "pipe.png")
+    code, text = run(capsys, "imagefolder", "--root", root, "--output", tmp_path / "out")
+    assert code == 1
+    assert "cat/link.png: it is no file, but a folder, pipe or device" in text
 
 
 def test_names_that_are_not_utf8_are_stored_and_shown_escaped(
@@ -591,7 +634,7 @@ def test_an_odd_folder_is_converted_by_one_command_that_says_everything(
         "       16 files that systems leave behind (@eaDir, Thumbs.db and the like)",
         "        6 images with hidden names or in hidden folders (.yak): rename them if they are to be taken",
         "        1 images beside the class folders (photos): move them into one if they are to be taken",
-        "        1 links to folders that are taken already (again)",
+        "        1 links to folders that are taken already, or that hold this one (again)",
         "        1 files that are no images by their names (.txt)",
         "        1 videos (.mp4): take frames out of them (ffmpeg -i IN -vf fps=1 OUT%05d.png)",
         "        1 camera raw (.nef): export them as JPEG or TIFF",

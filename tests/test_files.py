@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
 from simclr import files
+from simclr.beton import writing
+from simclr.run import runlog
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -46,6 +49,30 @@ def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
             files.lock(second)
         first.close()
         assert files.lock(second)
+
+
+def test_folders_that_cannot_be_flushed_and_missing_locks_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse_with(number: int) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        monkeypatch.setattr(fcntl, "flock", refuse)
+
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        refuse_with(number)
+        files.sync_folder(tmp_path)
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        refuse_with(number)
+        with runlog.locked(tmp_path, is_main=True), writing._open_exclusively(tmp_path / "a.beton"):
+            assert "cannot be locked: see to it that no other run uses it" in capsys.readouterr().out
+    refuse_with(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync_folder(tmp_path)
+    with pytest.raises(OSError, match="Input/output error"), (tmp_path / "a.beton").open() as file:
+        files.lock(file)
 
 
 def test_only_refusals_are_explained() -> None:

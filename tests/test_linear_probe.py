@@ -197,6 +197,11 @@ def test_images_are_read_at_the_side_that_validation_images_choose(place: Path, 
     assert 100 * right.mean() == pytest.approx(chosen["classifier"]["test"])
 
 
+def test_a_side_whose_edge_is_never_read_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reads 8 of the 9 rows"):
+        linear_probe.main(settings(place, tmp_path / "out", image_sizes=(9,)))
+
+
 @pytest.mark.parametrize("changes", [{"mode": "finetune"}, {"features": "augmented"}])
 def test_views_have_the_side_of_the_stored_images(place: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"image_sizes is \(8,\), expected none"):

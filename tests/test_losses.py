@@ -451,3 +451,12 @@ def single_pair(rank: int, world_size: int, loss: Loss) -> float:
 def test_numbers_of_images_per_rank(loss: Loss) -> None:
     run_distributed(uneven, 2, loss)
     assert all(math.isfinite(value) for value in run_distributed(single_pair, 2, loss))
+
+
+@pytest.mark.parametrize("loss", [barlow_twins, partial(nt_xent, form="tiled")])
+def test_a_second_derivative_is_an_error_where_there_is_none(loss: Callable[..., Tensor]) -> None:
+    z = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r'differentiated once.*form="matrix"'):
+        torch.autograd.grad(loss(z, z.detach().flip(0)), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(loss)(z.detach(), z.detach())

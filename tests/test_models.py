@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers.drop import DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr import models, parts
 from simclr.batch_norm import GlobalBatchNorm
 from simclr.losses import barlow_twins, nt_xent
 from simclr.models import (
@@ -212,6 +214,70 @@ def test_the_seed_decides_the_weights(name: str) -> None:
 def test_encoders_that_cannot_be_made_raise(name: str, stem: Stem, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimCLR(ModelConfig(encoder=name, stem=stem), image_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "size", "read"),
+    [
+        ("vit_tiny_patch16_224", "original", 40, 32),
+        ("vit_tiny_patch16_224", "auto", 37, 36),
+        ("convnext_atto", "original", 33, 32),
+        ("resnet18", "patch2", 33, 32),
+        ("small_resnet_w8", "auto", 17, 16),
+    ],
+)
+def test_an_edge_that_is_never_read_is_refused(name: str, stem: Stem, size: int, read: int) -> None:
+    with pytest.raises(ValueError, match=f"reads {read} of the {size} rows and columns .* use images of side {read}"):
+        SimCLR(ModelConfig(encoder=name, stem=stem), size)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 4), (50, 5), (40, 5), (33, 3), (64, 8)])
+def test_a_transformers_patches_divide_the_image(size: int, patch: int) -> None:
+    proj = SimCLR(ModelConfig("vit_tiny_patch16_224"), size).encoder.get_submodule("patch_embed.proj")
+    assert proj.kernel_size == (patch, patch)
+
+
+def test_an_edge_of_smaller_views_that_is_never_read_is_refused() -> None:
+    model = SimCLR(ModelConfig("small_resnet_w8"), 16)
+    model.require_size(12)
+    with pytest.raises(ValueError, match="reads 12 of the 13 rows"):
+        model.require_size(13)
+
+
+def test_timms_stochastic_depth_and_dropout_are_left_out() -> None:
+    model = SimCLR(ModelConfig("rexnet_100"), 32)  # by itself it has dropout at its end
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x)[0], model(x)[0])
+
+
+class RandomInside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, training=self.training)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.RReLU(), RandomInside(), DropPath(0.2), DropBlock2d(0.1)])
+def test_a_layer_that_draws_random_numbers_is_refused(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_layer(*_: object) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setattr(models, "make_encoder", with_layer)
+    with pytest.raises(ValueError, match=rf"layer encoder.1, a {type(layer).__name__}, draws random numbers"):
+        SimCLR(ModelConfig(), 32)
+    monkeypatch.undo()
+    monkeypatch.setitem(parts.PROJECTORS._own, "own", lambda width, _: nn.Sequential(nn.Linear(width, 4), nn.Dropout()))
+    with pytest.raises(ValueError, match=r"layer projector\.1, a Dropout"):
+        SimCLR(ModelConfig("small_resnet_w8", projector="own"), 32)
+
+
+def test_looking_for_random_numbers_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    model = SimCLR(ModelConfig("small_resnet_w8"), 16)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    encoder = make_encoder("small_resnet_w8", "auto", 16)
+    make_projector(ModelConfig(), 32)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one, other) for one, other in zip(model.encoder.buffers(), encoder.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("field", ["projector_hidden", "projection_dim"])

@@ -224,6 +224,13 @@ def test_views_that_would_depend_on_the_number_of_devices_are_refused(
         require_function_of_the_image("wrong", ViewSpec(), size=16, stored=16)
 
 
+@pytest.mark.parametrize("scale", [255.0, -1.0, float("nan")])
+def test_views_beyond_0_to_1_are_refused(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    monkeypatch.setitem(parts.VIEWS._own, "wrong", lambda image, view: view.standard(image) * scale)
+    with pytest.raises(ValueError, match=r"the views wrong must be pixels in \[0, 1\], and reach from"):
+        require_function_of_the_image("wrong", ViewSpec(), size=16, stored=16)
+
+
 def test_views_have_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parts.VIEWS._own, "wrong", lambda image, view: image.permute(0, 3, 1, 2).float())
     with pytest.raises(ValueError, match=r"the views wrong must be floating point \(3, 3, 8, 8\), and are .*16, 16\)"):

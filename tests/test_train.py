@@ -640,6 +640,13 @@ def test_another_run_in_the_folder_is_neither_continued_nor_touched(one_device: 
     beton.write(
         tmp_path / "other.beton", *draw(1, "train", 0, NUM_IMAGES), classes=list(CLASSES), source="other shapes"
     )
+    facts = beton.load_facts(one_device.data)
+    for name, changes in (
+        ("bright", {"channel_mean": (0.1, 0.2, 0.3)}),
+        ("swapped", {"classes": facts.classes[::-1]}),
+    ):
+        shutil.copy(one_device.data, tmp_path / f"{name}.beton")
+        beton.save_facts(tmp_path / f"{name}.beton", dataclasses.replace(facts, **changes))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused = [
         (dataclasses.replace(here, seed=7), "seed was 0 and is 7"),
@@ -649,6 +656,8 @@ def test_another_run_in_the_folder_is_neither_continued_nor_touched(one_device: 
             "optimizer.momentum was 0.9 and is 0.5",
         ),
         (dataclasses.replace(here, data=tmp_path / "other.beton"), "is of a run on other images"),
+        (dataclasses.replace(here, data=tmp_path / "bright.beton"), "other images.* channel_mean differs"),
+        (dataclasses.replace(here, data=tmp_path / "swapped.beton"), "other images.* classes differs"),
         (dataclasses.replace(here, resume="never"), "resume is never, but .* holds a run"),
     ]
     for config, message in refused:

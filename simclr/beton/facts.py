@@ -68,6 +68,15 @@ class Facts:
     written_by: dict[str, str]
 
     @property
+    def identity(self) -> dict[str, object]:
+        """What makes two files the same to a run: pixels and labels, how they are normalised, what labels mean."""
+        return {name: getattr(self, name) for name in ("content_sha256", "channel_mean", "channel_std", "classes")}
+
+    def differences(self, other: Facts) -> str:
+        """Return in words which entries of :attr:`identity` differ; empty if none does."""
+        return ", ".join(name for name, value in self.identity.items() if value != other.identity[name])
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; 0 if no image has a label."""
         return len(self.classes)

@@ -311,7 +311,7 @@ def _open_exclusively(partial: Path) -> IO[bytes]:
     file = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
     try:
         # Without locks (Windows) an open file cannot be replaced, which serves the same purpose.
-        if files.lock(file) and not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+        if files.lock(file) and not files.is_at(partial, file):
             raise BlockingIOError(errno.EWOULDBLOCK, "finished by another process in this moment")
     except OSError:
         file.close()

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, SupportsFloat, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from simclr import distributed, parts
 from simclr.distributed import at_least_float32
@@ -202,13 +201,13 @@ def barlow_twins(z1: Tensor, z2: Tensor, *, off_diagonal_weight: float = 5e-3, c
         TypeError: If ``z1`` or ``z2`` is no tensor, or ``off_diagonal_weight`` no number.
 
     Note:
-        Collective call: every rank must make it, and the backward pass. Mean and norm are those of the global batch,
-        so the loss does not depend on how the batch is spread over devices. Computed in float32 at least, also inside
-        autocast. A feature that is constant over the batch, to the last digit, has no correlation: its row and column
-        of C are 0 and it gets no gradient. (The authors' batch normalisation adds 1e-5 to the variance instead.) So it
-        is with zeros if ``centre`` is False. Every other feature counts, however small its deviation. Its gradient
-        grows as 1 / the deviation, to infinity where the dtype does not hold it. Where a projection is not finite, the
-        loss is NaN.
+        Collective call: every rank must make it, and the backward pass. Differentiable once. Mean and norm are those of
+        the global batch, so the loss does not depend on how the batch is spread over devices. Computed in float32 at
+        least, also inside autocast. A feature that is constant over the batch, to the last digit, has no correlation:
+        its row and column of C are 0 and it gets no gradient. (The authors' batch normalisation adds 1e-5 to the
+        variance instead.) So it is with zeros if ``centre`` is False. Every other feature counts, however small its
+        deviation. Its gradient grows as 1 / the deviation, to infinity where the dtype does not hold it. Where a
+        projection is not finite, the loss is NaN.
 
     Source:
         Zbontar et al. 2021, arXiv:2103.03230, equations 1 and 2. The authors' distributed code sums C outside
@@ -261,6 +260,24 @@ def own_objective(name: str, z1: Tensor, z2: Tensor, settings: Mapping[str, floa
     return loss
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward pass of a Function that has no second derivative, so that asking for it is an error.
+
+    torch's ``once_differentiable`` gives zeros where the gradient that comes in is a constant, as a scalar loss's is.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "barlow_twins and nt_xent in tiles can be differentiated once, and create_graph=True asks for more; "
+                'use nt_xent(..., form="matrix"), or leave create_graph out'
+            )
+        return backward(ctx, *gradients)
+
+    return checked
+
+
 class _BarlowTwins(torch.autograd.Function):
     """The loss from projections (b, d) of every rank, the same on every rank, and the gradient of this rank's.
 
@@ -289,7 +306,7 @@ class _BarlowTwins(torch.autograd.Function):
         return (1 - diagonal).square().sum() + weight * rows.sum()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         y1, y2, scale, inverse, off_diagonal, diagonal, rows, columns = ctx.saved_tensors
         weight, of_diagonal = 2 * ctx.weight * gradient, -2 * gradient * (1 - diagonal)

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from simclr import distributed
+from simclr.losses import differentiable_once
 from simclr.unit_length import scaled_rows
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _NTXent(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         x, length, scale, lse, columns, columns_lse = ctx.saved_tensors
         weights = distributed.gather_weights(gradient.to(x.dtype))  # of each rank's loss

@@ -230,7 +230,7 @@ def open_run(
 
 def require_same_start(run: Run) -> None:
     """Refuse to train if the ranks continue after different steps, or have opened different images. Waits for all."""
-    steps, contents = zip(*run.peers.gather((run.progress.step, run.source.facts.content_sha256)), strict=True)
+    steps, contents = zip(*run.peers.gather((run.progress.step, str(run.source.facts.identity))), strict=True)
     if len(set(contents)) > 1:  # though their sidecars were equal before: another file has taken the name meanwhile
         raise launch.DifferentRunsError(f"{run.config.data} was replaced while the ranks opened it; start them again")
     if len(set(steps)) > 1:
@@ -342,7 +342,7 @@ def statement(config: TrainConfig, program: Path) -> dict[str, str]:
     settings = {key: str(value) for key, value in settings_of(config).items()}
     # Where the images lie and who reads them may differ; what they are may not.
     return {key: value for key, value in settings.items() if key not in {"data", "speed.loader", "parts"}} | {
-        "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
+        "the data": f"{facts.num_images} images with {facts.identity}",
         "the code": launch.fingerprint_of_code(*filter(None, (program, config.parts))),
         "the device": device.type,
         "the precision": choose_precision(config, device)[0],

@@ -85,6 +85,8 @@ def open_probe(config: ProbeConfig) -> Iterator[Probe]:
         parts.load(config.parts)
     device = choose_device(config)
     pretrained = load_pretrained(checkpoint_of(config), device)
+    for side in config.image_sizes:
+        pretrained.model.require_size(side)
     folder = pretrained.path.parent
     manifest, metrics = runlog.read_manifest(folder), runlog.read_metrics(folder)
     train_path, test_path = find_files(config, pretrained)
@@ -228,12 +230,12 @@ def require_comparable(config: ProbeConfig, pretrained: Pretrained, train: Image
             f"the classes differ: {train.path} has {list(train.facts.classes)}, {test.path} has "
             f"{list(test.facts.classes)}. Name files of one data set with --train and --test"
         )
-    is_pretraining_file = train.facts.content_sha256 == pretrained.facts.content_sha256
+    others = train.facts.differences(pretrained.facts)
+    is_pretraining_file = not others
     if not is_pretraining_file and config.train is None:
         raise ValueError(
-            f"{train.path} is not the file that was pretrained on: its content has sha256 "
-            f"{train.facts.content_sha256[:12]}..., that one's {pretrained.facts.content_sha256[:12]}.... "
-            "If it is to be measured on nevertheless, name it with --train"
+            f"{train.path} is not the file that was pretrained on: of what its sidecar says, {others} "
+            "differs. If it is to be measured on nevertheless, name it with --train"
         )
     notes = _compare_test_with_training(train, test)
     if config.label_fraction < 1 and pretrained.path.name == BEST and pretrained.knn_accuracy is not None:

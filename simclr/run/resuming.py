@@ -102,10 +102,10 @@ def require_same_run(config: TrainConfig, facts: Facts, saved: dict[str, Any], p
             f"--allow-changed {' '.join(refused)} to go on as another run than either"
         )
     earlier = from_json(Facts, saved["facts"])
-    if earlier.content_sha256 != facts.content_sha256:
+    if others := earlier.differences(facts):
         before_now = (
             f"({earlier.source}, {earlier.num_images} images) than {config.data} ({facts.source}, {facts.num_images} "
-            "images)"
+            f"images): of what the sidecars say, {others} differs"
         )
         different["data"] = f"other images {before_now}"
         if not _is_allowed("data", config.allow_changed):

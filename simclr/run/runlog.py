@@ -155,9 +155,18 @@ class RunLog:
             print(f"step {self._step} of {self._total_steps}, {text}, {time_left} left", flush=True)
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk: a checkpoint must not be newer than the lines it continues after."""
+        """Wait until all lines are on the disk: a checkpoint must not be newer than the lines it continues after.
+
+        Raises:
+            ValueError: If metrics.jsonl has been deleted or replaced, so that they never will be.
+        """
         if self._is_main:
             files.sync(self._file)
+            if not files.is_at(self._path, self._file):
+                raise ValueError(
+                    f"{self._path} was deleted or replaced while this run wrote to it, so that no line is kept: put it "
+                    "back if you can, and start the run again, which goes on from its last checkpoint"
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -282,10 +291,7 @@ class Lock:
 
     def is_held(self) -> bool:
         """Return whether the folder is still the one that was locked, not deleted or made anew under its name."""
-        try:
-            return self._file is None or os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            return False
+        return self._file is None or files.is_at(self._path, self._file)
 
     def require_held(self) -> None:
         """Raise FolderInUseError unless the lock is held."""
@@ -314,15 +320,13 @@ def locked(folder: Path, *, is_main: bool) -> Iterator[Lock]:
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             if not files.lock(file):
-                raise OSError("Windows has no flock")
+                print(f"{folder} cannot be locked: see to it that no other run uses it", flush=True)
         except BlockingIOError:
             file.seek(0)
             raise FolderInUseError(
                 f"another run writes to {folder}: {file.read().strip()}. Wait for its end or stop it, or give another "
                 "--output"
             ) from None
-        except OSError as error:
-            print(f"{folder} cannot be locked ({error}): see to it that no other run uses it", flush=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -25,8 +25,8 @@ from simclr.models import SimCLR
 def recompute_blocks(model: SimCLR) -> int:
     """Have each block of the encoder computed again in the backward pass; return the number of blocks.
 
-    A block is what stands in a sequence and has parts of its own, as the residual blocks of timm's models do. Random
-    numbers are drawn the same again, and statistics (buffers) are updated by the first pass alone.
+    A block is what stands in a sequence and has parts of its own, as the residual blocks of timm's models do.
+    Statistics (buffers) are updated by the first pass alone.
 
     Raises:
         ValueError: If the encoder has no such blocks.
@@ -76,17 +76,11 @@ def require_independent_images(model: SimCLR) -> None:
     """Refuse an encoder that micro-batches would make another of.
 
     Raises:
-        ValueError: If a layer of the encoder uses statistics of the batch, or draws random numbers, which the second
-            pass would draw anew.
+        ValueError: If a layer of the encoder uses statistics of the batch.
     """
     for name, layer in model.encoder.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm | GlobalBatchNorm):
             raise ValueError(
                 f"micro_batch_size needs an encoder without batch normalisation, as a ViT or ConvNeXt; layer {name} "
                 "makes each image depend on the whole batch. Use --recompute, which takes any encoder"
-            )
-        if any(isinstance(p, float) and p > 0 for p in (getattr(layer, "p", 0), getattr(layer, "drop_prob", 0))):
-            raise ValueError(
-                f"layer {name} drops units at random, anew in each pass, so that micro-batches cannot give the step of "
-                "the whole batch; choose an encoder without it, or --recompute, which draws the same again"
             )

@@ -157,7 +157,7 @@ def own_view(name: str, image: Tensor, view: View, *, mean: Sequence[float], std
 
 
 def require_function_of_the_image(name: str, view: ViewSpec, *, size: int, stored: int) -> None:
-    """Refuse registered views in which an image's view depends on anything but seed, epoch, image and view.
+    """Refuse registered views that leave [0, 1], or depend on anything but seed, epoch, image and view.
 
     Tried with three images of noise: each alone, and all three in another order.
 
@@ -178,6 +178,11 @@ def require_function_of_the_image(name: str, view: ViewSpec, *, size: int, store
         return own_view(name, image[rows], of, mean=(0, 0, 0), std=(1, 1, 1))
 
     together, alone = make([2, 0, 1]), torch.cat([make([row]) for row in (2, 0, 1)])
+    if not torch.allclose(together, together.clamp(0, 1), rtol=0, atol=1e-3):
+        raise ValueError(
+            f"the views {name} must be pixels in [0, 1], and reach from {together.min():.3g} to {together.max():.3g}; "
+            "divide by 255, clamp, or leave normalising out, which follows by itself"
+        )
     if not torch.allclose(together, alone, rtol=0, atol=1e-3):
         raise ValueError(
             f"the views {name} of an image differ from call to call, or with the other images of the batch, so that a "

@@ -330,7 +330,10 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
     assert statement(dataclasses.replace(config, data=moved, speed=SpeedConfig(loader="memory")), ENTRY) == said
     other = write_shapes(tmp_path / "other.beton", NUM_IMAGES, seed=1)
     more = write_shapes(tmp_path / "more.beton", NUM_IMAGES + 1)
-    for data in (other, more):
+    bright = tmp_path / "bright.beton"
+    shutil.copy(images, bright)
+    beton.save_facts(bright, dataclasses.replace(beton.load_facts(images), channel_mean=(0.1, 0.2, 0.3)))
+    for data in (other, more, bright):
         there = statement(dataclasses.replace(config, data=data), ENTRY)
         assert {name for name in said if said[name] != there[name]} == {"the data"}
 

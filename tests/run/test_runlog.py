@@ -300,6 +300,18 @@ def test_nothing_is_written_to_a_folder_that_is_another_one_now(tmp_path: Path, 
         assert not (folder / runlog.STATUS).exists()
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_lost_metrics_are_noticed_before_a_checkpoint_is_saved(tmp_path: Path, anew: bool) -> None:
+    with RunLog(tmp_path, is_main=True, total_steps=9) as log:
+        log.write("step", step=1, loss=2.0)
+        log.sync()
+        (tmp_path / METRICS).unlink()
+        if anew:
+            (tmp_path / METRICS).touch()
+        with pytest.raises(ValueError, match=r"metrics\.jsonl was deleted or replaced while this run wrote to it"):
+            log.sync()
+
+
 def test_other_ranks_write_no_status_and_hold_no_lock(tmp_path: Path) -> None:
     with Status(tmp_path, is_main=False, step=0, total_steps=9) as kept:
         kept.saved(3)
