@@ -342,7 +342,8 @@ def statement(config: TrainConfig, program: Path) -> dict[str, str]:
     settings = {key: str(value) for key, value in settings_of(config).items()}
     # Where the images lie and who reads them may differ; what they are may not.
     return {key: value for key, value in settings.items() if key not in {"data", "speed.loader", "parts"}} | {
-        "the data": f"{facts.num_images} images with {facts.identity}",
+        "the data": f"{facts.num_images} images with sha256 {facts.content_sha256[:12]}",
+        **{f"the data's {name}": str(value) for name, value in facts.identity.items() if name != "content_sha256"},
         "the code": launch.fingerprint_of_code(*filter(None, (program, config.parts))),
         "the device": device.type,
         "the precision": choose_precision(config, device)[0],
