@@ -27,6 +27,7 @@ _ADVICE = {
     errno.EROFS: "the disk is read-only; take another place",
     errno.ENOTDIR: "a part of this path is a file; take another place",
     errno.EEXIST: "a file has this name; take another place",
+    errno.ENAMETOOLONG: "the name is too long; take a shorter one",
 }
 _ADVICE_TO_WRITERS = _ADVICE | {
     errno.ENOENT: "its folder does not exist; make it or take another place",
@@ -35,7 +36,7 @@ _ADVICE_TO_WRITERS = _ADVICE | {
 
 
 class RefusedError(ValueError):
-    """The operating system refuses to read or write a file; the user can change that."""
+    """The operating system refuses a file or memory; the user can change that."""
 
 
 @contextlib.contextmanager
@@ -52,6 +53,13 @@ def explain_refusals() -> Iterator[None]:
             raise
         where = "writing" if error.filename is None else error.filename
         raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        from simclr.run.memory import is_out_of_memory  # needs torch
+
+        if not is_out_of_memory(error):
+            raise
+        told = str(error).partition("\n")[0]
+        raise RefusedError(f"out of memory: {told}. A smaller model, batch or image takes less") from error
 
 
 def explain_write_error(error: OSError, path: PathLike) -> str:

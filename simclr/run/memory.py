@@ -49,7 +49,7 @@ def explain_shortage(device: torch.device, per_device_batch_size: int, world_siz
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         fits = _estimate(device, static, per_device_batch_size)
         where = device if device.type == "cuda" else device.type
@@ -61,8 +61,9 @@ def explain_shortage(device: torch.device, per_device_batch_size: int, world_siz
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CPUs raise a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory", on Windows "not enough memory"."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is about memory, for which CPUs raise a plain RuntimeError."""
+    # "DefaultCPUAllocator: can't allocate memory"; on Windows "not enough memory"
     told = ("llocate memory", "not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
