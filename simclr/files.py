@@ -17,6 +17,8 @@ from typing import IO, Any
 if sys.platform != "win32":
     import fcntl
 
+from simclr.system import is_out_of_memory
+
 PathLike = str | os.PathLike[str]
 
 _ADVICE = {
@@ -28,6 +30,7 @@ _ADVICE = {
     errno.EROFS: "the disk is read-only; take another place",
     errno.ENOTDIR: "a part of this path is a file; take another place",
     errno.EEXIST: "a file has this name; take another place",
+    errno.ENAMETOOLONG: "the name is too long; take a shorter one",
 }
 _ADVICE_TO_WRITERS = _ADVICE | {
     errno.ENOENT: "its folder does not exist; make it or take another place",
@@ -36,7 +39,7 @@ _ADVICE_TO_WRITERS = _ADVICE | {
 
 
 class RefusedError(ValueError):
-    """The operating system refuses to read or write a file; the user can change that."""
+    """The operating system refuses a file or memory; the user can change that."""
 
 
 @contextlib.contextmanager
@@ -53,6 +56,11 @@ def explain_refusals() -> Iterator[None]:
             raise
         where = "writing" if error.filename is None else error.filename
         raise RefusedError(f"{where}: {error.strerror}: {advice}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = str(error).partition("\n")[0]
+        raise RefusedError(f"out of memory: {told}. A smaller model, batch or image takes less") from error
 
 
 def explain_write_error(error: OSError, path: PathLike) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -121,7 +120,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     require(fits and (kind is bool or not isinstance(value, bool)), path, value, _IN_WORDS[kind])
     if kind is not str:
-        require(abs(value) <= sys.float_info.max, path, value, "a finite number")
+        require(abs(value) <= 1e30, path, value, "a finite number, at most 1e30")  # float32 ends at 3e38
     return kind(value)
 
 

@@ -80,3 +80,11 @@ def say_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is about memory, a device's too, for which CPUs raise a plain RuntimeError."""
+    # "DefaultCPUAllocator: can't allocate memory"; on Windows "not enough memory"
+    told = ("llocate memory", "not enough memory")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(text in str(error) for text in told)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from simclr import files
 from simclr.beton import writing
@@ -115,3 +116,12 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with files.atomic_folder(folder) as new:
         (new / "second").write_text("2")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["folder", "folder/second"]
+
+
+def test_memory_that_cannot_be_had_and_long_names_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(files.RefusedError, match=r"out of memory: .*A smaller model"), files.explain_refusals():
+        torch.zeros(1 << 60)
+    with pytest.raises(RuntimeError, match="other"), files.explain_refusals():
+        raise RuntimeError("other")
+    with pytest.raises(files.RefusedError, match="name is too long; take a shorter"), files.explain_refusals():
+        (tmp_path / ("a" * 256)).touch()

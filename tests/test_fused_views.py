@@ -251,3 +251,9 @@ def test_pixels_are_never_read_outside_of_the_image() -> None:
     wide = ViewSpec(blur_probability=1.0, blur_kernel=17)
     with pytest.raises(ValueError, match="blur_kernel 17 is too wide"):
         fuse(make_images(1, 8, 8), wide, wide, size=8)
+
+
+def test_numba_that_is_told_to_compile_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    with pytest.raises(ValueError, match=r"NUMBA_DISABLE_JIT is set.*--views torch"):
+        fused_views.compiled.__wrapped__()

@@ -21,7 +21,7 @@ from simclr.run.peers import START_SECONDS, LostPeerError
 
 def join() -> PartialState:
     """Meet the other processes that the launcher has started, or be alone; done once. Returns accelerate's view."""
-    use_cpu = not torch.cuda.is_available() or launch.cpu_is_asked_for()
+    use_cpu = launch.cpu_is_asked_for() or not torch.cuda.is_available()
     with launch.saying_who_is_awaited():
         try:
             return PartialState(cpu=use_cpu, timeout=datetime.timedelta(seconds=START_SECONDS))

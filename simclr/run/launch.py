@@ -51,7 +51,11 @@ class DifferentRunsError(ValueError):
 
 def cpu_is_asked_for() -> bool:
     """Return whether accelerate is told to leave GPUs alone (``ACCELERATE_USE_CPU``)."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    word = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    yes = {"1", "true", "t", "yes", "y", "on"}
+    if word not in yes | {"", "0", "false", "f", "no", "n", "off"}:
+        raise ValueError(f"ACCELERATE_USE_CPU is {word!r}, expected true or false; or unset it")
+    return word in yes
 
 
 def mixed_precision_asked_for() -> str | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from simclr.system import is_out_of_memory
+
 
 class OutOfMemoryError(ValueError):
     """The device's memory does not hold a step."""
@@ -49,7 +51,7 @@ def explain_shortage(device: torch.device, per_device_batch_size: int, world_siz
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         fits = _estimate(device, static, per_device_batch_size)
         where = device if device.type == "cuda" else device.type
@@ -59,12 +61,6 @@ def explain_shortage(device: torch.device, per_device_batch_size: int, world_siz
             f"leave the result as it is, or lower --global-batch-size (now {per_device_batch_size * world_size}). "
             f"{error}"
         ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CPUs raise a plain RuntimeError: "DefaultCPUAllocator: can't allocate memory", on Windows "not enough memory"."""
-    told = ("llocate memory", "not enough memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in told)
 
 
 def _estimate(device: torch.device, static: int, per_device_batch_size: int) -> int | None:

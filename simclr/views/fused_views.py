@@ -243,13 +243,15 @@ class Compiled(NamedTuple):
 @functools.cache
 def compiled() -> Compiled:
     """Compile, or load what an earlier process compiled (some seconds, or a tenth of one)."""
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        raise ValueError("NUMBA_DISABLE_JIT is set, so that no views can be compiled: unset it, or use --views torch")
     started = time.perf_counter()
     folder = cache_folder()
     kernel = numba.njit(**_OPTIONS)(_views)
     if folder is None:
         _call_with_nothing(kernel)
         return Compiled(kernel, f"compiled in {time.perf_counter() - started:.1f} s; there is no folder to keep it in")
-    config: Any = numba.config
     before = config.CACHE_DIR
     try:
         config.CACHE_DIR = str(folder)

@@ -340,6 +340,15 @@ def test_all_that_a_result_depends_on_is_compared(images: Path, tmp_path: Path) 
         assert all(name.startswith("the data") for name in different)
 
 
+def test_accelerates_word_for_cpus_is_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word, expected in (("On", True), ("f", False), ("", False)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", word)
+        assert launch.cpu_is_asked_for() is expected
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    with pytest.raises(ValueError, match="ACCELERATE_USE_CPU is 'maybe', expected true or false"):
+        launch.cpu_is_asked_for()
+
+
 def test_code_is_compared(tmp_path: Path) -> None:
     entry = tmp_path / "train.py"
     prints = []
