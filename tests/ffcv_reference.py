@@ -1,6 +1,6 @@
 """FFCV's own writer and loader, in a process of their own: importing ffcv changes torch's thread count.
 
-python -m tests.step.ffcv_reference COMMAND ... runs any number of these, in order:
+python -m tests.ffcv_reference COMMAND ... runs any number of these, in order:
     write:IMAGES.npz:OUT.beton:{raw|jpg}:NUM_WORKERS
     read:FILE.beton:OUT.npz
     read-jpeg:FILE.beton:OUT.npz    as read, but does nothing if this ffcv was built without libjpeg-turbo

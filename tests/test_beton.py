@@ -145,7 +145,7 @@ def ffcv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for mode, workers in (("raw", 1), ("raw", 3), ("jpg", 1), ("jpg", 3))
     ]
     reads = [f"read:{folder}/ours.beton:{folder}/ours.npz", f"read-jpeg:{folder}/ours-jpeg.beton:{folder}/jpeg.npz"]
-    result = run_python("-m", "tests.step.ffcv_reference", *writes, *reads)
+    result = run_python("-m", "tests.ffcv_reference", *writes, *reads)
     assert result.returncode == 0, result.stderr
     return folder
 

@@ -1,7 +1,7 @@
 """What FFCV does to those who use it directly, and that reading through simclr.data is free of it.
 
 FFCV changes the process that imports it, and some of its faults end or hang that process. So each group of
-observations below is made by a process of its own, once for all tests. ``python -m tests.step.test_data_ffcv GROUP
+observations below is made by a process of its own, once for all tests. ``python -m tests.test_data_ffcv GROUP
 FOLDER`` prints one line of JSON for each. Functions named ``observe_...`` run there, tests run here.
 """
 
@@ -567,7 +567,7 @@ class Observed:
 
     def __init__(self, group: str, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.step.test_data_ffcv", group, str(folder)],
+            [sys.executable, "-m", "tests.test_data_ffcv", group, str(folder)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **GROUPS[group][0]},
             stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ from tests.helpers import run_python
 from tests.test_losses import projections, value_and_gradients
 
 BOTH_PROGRAMS = """
-from tests.step import triton_kernels, triton_views_kernels
+from tests import triton_kernels, triton_views_kernels
 triton_kernels.main()
 triton_views_kernels.main()
 """
@@ -27,7 +27,7 @@ def test_the_kernels_give_torchs_numbers_in_tritons_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="would compare the views of compiled kernels")
 def test_on_a_gpu_triton_makes_the_views_of_the_batched_operations() -> None:
-    done = run_python("-m", "tests.step.triton_views_kernels", "cuda")
+    done = run_python("-m", "tests.triton_views_kernels", "cuda")
     assert done.returncode == 0, done.stderr
     assert "all views agree" in done.stdout
 

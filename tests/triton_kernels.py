@@ -1,4 +1,4 @@
-"""The loss's Triton kernels, interpreted, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.step.triton_kernels``.
+"""The loss's Triton kernels, interpreted, on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.triton_kernels``.
 
 A program of its own, since the variable has to be set before Triton is imported. tests/test_triton.py runs it.
 """
